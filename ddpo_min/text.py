@@ -1,0 +1,134 @@
+"""CLIP's text encoder as Stable Diffusion 1.x uses it: token ids (B, 77) -> one vector a token (B, 77, width).
+
+Stable Diffusion does not pool: the UNet's cross-attention reads every token after the final LayerNorm, padding included.
+Names are the transformers checkpoint's.
+"""
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+END_OF_TEXT = 49407     # closes a prompt, and pads it: open_clip pads with 0, Stable Diffusion with this
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The sizes of a text encoder; the defaults are those of OpenAI's CLIP ViT-L/14."""
+    vocabulary: int = 49408
+    positions: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    inner: int = 3072       # width inside the MLP
+
+
+@lru_cache(maxsize=None)
+def _tokenizer(positions):
+    from open_clip.tokenizer import SimpleTokenizer
+    return SimpleTokenizer(context_length=positions)
+
+
+def tokenize(prompts, positions=77):
+    """Prompts -> token ids as Stable Diffusion expects them: start, the words, end, padded with end.
+
+    prompts: list of str, cut at `positions` tokens; returns int64 (B, positions).
+    """
+    ids = _tokenizer(positions)(list(prompts))
+    end = (ids == END_OF_TEXT).int().argmax(dim=1, keepdim=True)
+    return torch.where(torch.arange(positions)[None] > end, END_OF_TEXT, ids)
+
+
+class Embeddings(nn.Module):
+    """Token plus position embedding: ids (B, N) -> (B, N, width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
+
+    def forward(self, token_ids):
+        return self.token_embedding(token_ids) + self.position_embedding.weight[:token_ids.shape[1]]
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and those before it: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers around OpenAI's quick GELU, x sigmoid(1.702 x)."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))
+
+
+class EncoderLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = CausalAttention(config.width, config.heads)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.inner)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers, final LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, token_ids):
+        return self.final_layer_norm(self.encoder(self.embeddings(token_ids)))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower without its projection; the checkpoint nests it under `text_model`."""
+
+    def __init__(self, config=TextConfig()):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+
+    def forward(self, token_ids):
+        """token_ids: int64 (B, N), N up to 77; returns (B, N, width), the context of the UNet."""
+        return self.text_model(token_ids)

@@ -1,0 +1,279 @@
+"""Read Stable Diffusion 1.x weights: one safetensors file in the original layout, or a diffusers folder.
+
+Sizes come from the tensors' shapes. Networks are built without memory (on the meta device) and the tensors assigned
+one by one, so loading peaks at little more than the weights themselves.
+"""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import layout
+from .files import InputError, atomic
+from .text import TextConfig, TextEncoder, tokenize
+from .unet import UNet, UNetConfig
+from .vae import VAE, VAEConfig
+
+SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "emoji.safetensors"
+
+# What shapes do not tell, as it is in Stable Diffusion 1.x. A single file's metadata overrides it under the same names
+# (the shipped model does so), a diffusers folder's config.json files under diffusers' names.
+UNSEEN = dict(unet_heads=8, unet_groups=32, vae_groups=32, latent_scale=0.18215, text_heads=12, image_size=512)
+
+SUPPORTED = "supported: Stable Diffusion 1.x, as one .safetensors file in the original layout or a diffusers folder"
+
+# Tensors of a single file that belong to no network: moving averages, buffers of the noise schedule, position ids.
+SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one_minus|logvar|posterior_|sqrt_)"
+                     r"|cond_stage_model\.(logit_scale|text_projection)|model_ema\b|embedding_manager\.")
+
+
+@dataclass
+class StableDiffusion:
+    """The three networks, frozen, and what is needed to use them."""
+    unet: UNet
+    vae: VAE
+    text_encoder: TextEncoder
+    image_size: int         # pixels a side of the pictures the model was trained on
+    report: str             # one line on what was loaded
+
+    @property
+    def latent_size(self):
+        """Side of the latent of a picture of image_size pixels."""
+        return self.image_size // 2 ** (len(self.vae.config.widths) - 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """Prompts (list of B str) -> context (B, 77, width) for the UNet."""
+        device = self.text_encoder.text_model.final_layer_norm.weight.device
+        return self.text_encoder(tokenize(prompts, self.text_encoder.config.positions).to(device))
+
+
+def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
+    """Load a model, strictly: every tensor of the file is used or knowingly skipped, every parameter is filled.
+
+    path: a .safetensors file in the original layout, or a diffusers folder. Raises InputError if it is anything else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; {SUPPORTED}")
+    if path.is_dir():
+        sources, unseen = _open_folder(path)
+    else:
+        sources, unseen = _open_single_file(path)
+    builders = dict(unet=_build_unet, vae=_build_vae, text=_build_text)
+    networks, lines = [], []
+    for part, build in builders.items():
+        tensors = sources[part]
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
+        try:
+            with torch.device("meta"):
+                network = build(shapes, unseen)
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(f"{path}: its {part} does not have Stable Diffusion 1.x's structure ({error}); {SUPPORTED}")
+        _assign(network, tensors, path, part, device, dtype)
+        networks.append(network.requires_grad_(False).eval())
+        lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
+    return StableDiffusion(*networks, image_size=int(unseen["image_size"]), report=f"{path.name}: " + "; ".join(lines))
+
+
+def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512):
+    """Write the three networks as one safetensors file in the original layout, with what shapes do not tell."""
+    state = {}
+    inverse = {b: a for a, b in layout.unet_prefixes(unet.config.attention, unet.config.layers).items()}
+    for name, tensor in unet.state_dict().items():
+        state[layout.UNET + layout.rename(name, inverse)] = tensor
+    inverse = {b: a for a, b in layout.vae_prefixes(len(vae.config.widths), vae.config.layers).items()}
+    for name, tensor in vae.state_dict().items():
+        if ".attentions." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]           # the original writes these linear layers as 1x1 convolutions
+        state[layout.VAE + layout.rename(name, inverse)] = tensor
+    for name, tensor in text_encoder.state_dict().items():
+        state[layout.TEXT + name] = tensor
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    metadata = dict(unet_heads=unet.config.heads, unet_groups=unet.config.groups, vae_groups=vae.config.groups,
+                    latent_scale=vae.config.latent_scale, text_heads=text_encoder.config.heads, image_size=image_size)
+    with atomic(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", **{k: str(v) for k, v in metadata.items()}})
+
+
+def open_safetensors(path):
+    """Open a safetensors file lazily, or say in one line why it is none. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise InputError(f"{path}: a pickled checkpoint, which can run code when opened; "
+                         "convert it to .safetensors first and pass that")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again")
+
+
+def _lazy(file, names):
+    """{new name: (shape, load)} for {new name: name in the file}."""
+    return {new: (tuple(file.get_slice(old).get_shape()), lambda old=old: file.get_tensor(old))
+            for new, old in names.items()}
+
+
+def _open_single_file(path):
+    """The tensors of a single file under diffusers names, by network, and the constants that hold for it."""
+    file = open_safetensors(path)
+    found = list(file.keys())
+    _refuse_other_models(path, file, found)
+    unseen = {key: type(value)((file.metadata() or {}).get(key, value)) for key, value in UNSEEN.items()}
+
+    inside = [name[len(layout.UNET):] for name in found if name.startswith(layout.UNET)]
+    downs = sorted(int(name.split(".")[1]) for name in inside if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
+    layers = downs[0] - 1 if downs else 1
+    attention = [f"input_blocks.{i * (layers + 1) + 1}.1.norm.weight" in inside for i in range(len(downs) + 1)]
+    inside_vae = [name[len(layout.VAE):] for name in found if name.startswith(layout.VAE)]
+    vae_layers = len([n for n in inside_vae if re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", n)])
+    vae_levels = len({n.split(".")[2] for n in inside_vae if n.startswith("encoder.down.")})
+    unet_pairs = layout.unet_prefixes(attention, layers)
+    vae_pairs = layout.vae_prefixes(vae_levels, vae_layers)
+
+    names, unexpected = dict(unet={}, vae={}, text={}), []
+    for name in found:
+        if SKIPPED.match(name):
+            continue
+        elif name.startswith(layout.UNET):
+            names["unet"][layout.rename(name[len(layout.UNET):], unet_pairs)] = name
+        elif name.startswith(layout.VAE):
+            names["vae"][layout.rename(name[len(layout.VAE):], vae_pairs)] = name
+        elif name.startswith(layout.TEXT):
+            names["text"][_text_name(name[len(layout.TEXT):])] = name
+        else:
+            unexpected.append(name)
+    if unexpected:
+        raise InputError(f"{path}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}; {SUPPORTED}")
+    return {part: _lazy(file, renamed) for part, renamed in names.items()}, unseen
+
+
+def _refuse_other_models(path, file, found):
+    """One clear line for the files people pass by mistake."""
+    def has(*starts):
+        return any(name.startswith(starts) for name in found)
+    if any("lora_" in name or ".lora" in name for name in found):
+        what = "a LoRA, not a whole model; pass it with --lora and the base model with --weights"
+    elif has("conditioner.embedders."):
+        what = "a Stable Diffusion XL model"
+    elif has("cond_stage_model.model."):
+        what = "a Stable Diffusion 2.x model (OpenCLIP text encoder)"
+    elif has("down_blocks.", "encoder.", "text_model."):
+        what = "one network of a diffusers folder; pass the folder that holds unet/, vae/ and text_encoder/"
+    elif not has(layout.UNET):
+        what = f"no Stable Diffusion checkpoint (its first tensor is {found[0] if found else 'missing'})"
+    elif not (has(layout.VAE) and has(layout.TEXT)):
+        what = "a checkpoint without its autoencoder or text encoder"
+    else:
+        channels = file.get_slice(layout.UNET + "input_blocks.0.0.weight").get_shape()[1]
+        if channels == 4:
+            return
+        what = f"a UNet with {channels} input channels" + (", an inpainting model" if channels == 9 else "")
+    raise InputError(f"{path}: found {what}; {SUPPORTED}")
+
+
+def _open_folder(path):
+    """The tensors of a diffusers folder, by network, and the constants that its config.json files tell."""
+    if not (path / "unet").is_dir():
+        raise InputError(f"{path}: a folder without unet/; {SUPPORTED}")
+    sources, configs = {}, {}
+    for part, folder, stem in (("unet", "unet", "diffusion_pytorch_model"), ("vae", "vae", "diffusion_pytorch_model"),
+                               ("text", "text_encoder", "model")):
+        candidates = [path / folder / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
+        file = next((c for c in candidates if c.is_file()), None)
+        if file is None:
+            others = sorted(p.name for p in (path / folder).glob("*")) if (path / folder).is_dir() else []
+            raise InputError(f"{path}: {folder}/{stem}.safetensors (or .fp16.safetensors) is missing; "
+                             f"found {', '.join(others) or 'nothing'} there; {SUPPORTED}")
+        opened = open_safetensors(file)
+        clean = {"unet": str, "vae": _vae_name, "text": _text_name}[part]
+        sources[part] = _lazy(opened, {clean(n): n for n in opened.keys() if not n.endswith("position_ids")})
+        config = path / folder / "config.json"
+        configs[part] = json.loads(config.read_text()) if config.is_file() else {}
+    shape = sources["unet"].get("conv_in.weight", ((0, 0),))[0]
+    if shape[1] != 4:
+        raise InputError(f"{path}: found a UNet with {shape[1]} input channels; {SUPPORTED}")
+    heads = configs["unet"].get("attention_head_dim", UNSEEN["unet_heads"])     # diffusers calls SD 1.x's heads so
+    if configs["unet"].get("addition_embed_type") or not isinstance(heads, int):
+        raise InputError(f"{path}: found a Stable Diffusion XL or 2.x UNet; {SUPPORTED}")
+    levels = len(configs["vae"].get("block_out_channels", [1] * 4))
+    unseen = dict(
+        unet_heads=heads, unet_groups=configs["unet"].get("norm_num_groups", UNSEEN["unet_groups"]),
+        vae_groups=configs["vae"].get("norm_num_groups", UNSEEN["vae_groups"]),
+        latent_scale=configs["vae"].get("scaling_factor", UNSEEN["latent_scale"]),
+        text_heads=configs["text"].get("num_attention_heads", UNSEEN["text_heads"]),
+        image_size=configs["unet"].get("sample_size", 64) * 2 ** (levels - 1))
+    return sources, unseen
+
+
+def _text_name(name):
+    """The text encoder's name of a tensor; some files leave out the outer text_model."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def _vae_name(name):
+    """The autoencoder's attention had other names in old diffusers releases."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+    return name
+
+
+def _count(shapes, pattern):
+    """How many names match a pattern with one %d, counted from 0."""
+    n = 0
+    while pattern % n in shapes:
+        n += 1
+    return n
+
+
+def _build_unet(shapes, unseen):
+    levels = _count(shapes, "down_blocks.%d.resnets.0.conv1.weight")
+    cross = next(shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    return UNet(UNetConfig(
+        in_channels=shapes["conv_in.weight"][1], out_channels=shapes["conv_out.weight"][0],
+        widths=tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+        attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)),
+        layers=_count(shapes, "down_blocks.0.resnets.%d.conv1.weight"), context_width=cross[1],
+        heads=unseen["unet_heads"], groups=unseen["unet_groups"]))
+
+
+def _build_vae(shapes, unseen):
+    levels = _count(shapes, "encoder.down_blocks.%d.resnets.0.conv1.weight")
+    return VAE(VAEConfig(
+        widths=tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+        layers=_count(shapes, "encoder.down_blocks.0.resnets.%d.conv1.weight"),
+        latent_channels=shapes["post_quant_conv.weight"][0], groups=unseen["vae_groups"],
+        latent_scale=unseen["latent_scale"]))
+
+
+def _build_text(shapes, unseen):
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return TextEncoder(TextConfig(
+        vocabulary=vocabulary, width=width, positions=shapes["text_model.embeddings.position_embedding.weight"][0],
+        layers=_count(shapes, "text_model.encoder.layers.%d.mlp.fc1.weight"), heads=unseen["text_heads"],
+        inner=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]))
+
+
+def _assign(network, tensors, path, part, device, dtype):
+    """Fill a network that lives on the meta device; refuse any name or shape that does not fit."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        raise InputError(f"{path}: {part} {len(tensors)} tensors, {len(missing)} missing, {len(unexpected)} unexpected; "
+                         f"the first is {(missing + unexpected)[0]}; {SUPPORTED}")
+    for name, (shape, load) in tensors.items():
+        as_linear = len(shape) == 4 and len(wanted[name]) == 2 and shape[2:] == (1, 1)
+        if (shape[:2] if as_linear else shape) != wanted[name]:
+            raise InputError(f"{path}: {part} tensor {name} has shape {shape}, expected {wanted[name]}; {SUPPORTED}")
+        tensor = load().reshape(wanted[name]).to(device, dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
