@@ -29,7 +29,7 @@ SUPPORTED = "supported: Stable Diffusion 1.x, as one .safetensors file in the or
 
 # Tensors of a single file that belong to no network: moving averages, buffers of the noise schedule, position ids.
 SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one_minus|logvar|posterior_|sqrt_)"
-                     r"|cond_stage_model\.(logit_scale|text_projection)|model_ema\b|embedding_manager\.")
+                     r"|cond_stage_model\.(logit_scale|text_projection)|embedding_manager\.")
 
 
 @dataclass
@@ -61,10 +61,10 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {SUPPORTED}")
-    if path.is_dir():
-        sources, unseen = _open_folder(path)
-    else:
-        sources, unseen = _open_single_file(path)
+    try:
+        sources, unseen = _open_folder(path) if path.is_dir() else _open_single_file(path)
+    except ValueError as error:
+        raise InputError(f"{path}: its metadata or config.json cannot be understood ({error}); {SUPPORTED}")
     builders = dict(unet=_build_unet, vae=_build_vae, text=_build_text)
     networks, lines = [], []
     for part, build in builders.items():
@@ -107,8 +107,9 @@ def open_safetensors(path):
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
-        head = file.read(4)
-    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        head = file.read(9)     # of a safetensors file: 8 bytes of any value, the header's length, then "{"
+    pickled = head[:2] == b"PK" or head[:1] == b"\x80"
+    if pickled and head[8:] != b"{" or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise InputError(f"{path}: a pickled checkpoint, which can run code when opened; "
                          "convert it to .safetensors first and pass that")
     try:
@@ -162,7 +163,7 @@ def _refuse_other_models(path, file, found):
     def has(*starts):
         return any(name.startswith(starts) for name in found)
     if any("lora_" in name or ".lora" in name for name in found):
-        what = "a LoRA, not a whole model; pass it with --lora and the base model with --weights"
+        what = "a LoRA, not a whole model; give the base model (sample.py takes the LoRA with --lora)"
     elif has("conditioner.embedders."):
         what = "a Stable Diffusion XL model"
     elif has("cond_stage_model.model."):
@@ -174,7 +175,8 @@ def _refuse_other_models(path, file, found):
     elif not (has(layout.VAE) and has(layout.TEXT)):
         what = "a checkpoint without its autoencoder or text encoder"
     else:
-        channels = file.get_slice(layout.UNET + "input_blocks.0.0.weight").get_shape()[1]
+        first = layout.UNET + "input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1] if first in found else 4       # a missing one is named later
         if channels == 4:
             return
         what = f"a UNet with {channels} input channels" + (", an inpainting model" if channels == 9 else "")
@@ -198,8 +200,11 @@ def _open_folder(path):
         clean = {"unet": str, "vae": _vae_name, "text": _text_name}[part]
         sources[part] = _lazy(opened, {clean(n): n for n in opened.keys() if not n.endswith("position_ids")})
         config = path / folder / "config.json"
-        configs[part] = json.loads(config.read_text()) if config.is_file() else {}
-    shape = sources["unet"].get("conv_in.weight", ((0, 0),))[0]
+        try:
+            configs[part] = json.loads(config.read_text()) if config.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{config}: not JSON ({error}); download it again")
+    shape = sources["unet"].get("conv_in.weight", ((0, 4),))[0]     # a missing one is named later
     if shape[1] != 4:
         raise InputError(f"{path}: found a UNet with {shape[1]} input channels; {SUPPORTED}")
     heads = configs["unet"].get("attention_head_dim", UNSEEN["unet_heads"])     # diffusers calls SD 1.x's heads so
@@ -237,12 +242,12 @@ def _count(shapes, pattern):
 
 def _build_unet(shapes, unseen):
     levels = _count(shapes, "down_blocks.%d.resnets.0.conv1.weight")
-    cross = next(shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     return UNet(UNetConfig(
         in_channels=shapes["conv_in.weight"][1], out_channels=shapes["conv_out.weight"][0],
         widths=tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
         attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)),
-        layers=_count(shapes, "down_blocks.0.resnets.%d.conv1.weight"), context_width=cross[1],
+        layers=_count(shapes, "down_blocks.0.resnets.%d.conv1.weight"),
+        context_width=shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
         heads=unseen["unet_heads"], groups=unseen["unet_groups"]))
 
 

@@ -1,0 +1,68 @@
+"""Pictures of a run: grids of samples with a line of text under each, and the learning curve."""
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic
+
+GAP, LINE = 4, 15     # pixels between pictures, and for a line of text
+
+
+def scale_up(images):
+    """Enlarge small pictures (uint8 (N, H, W, 3)) by a whole factor to about 128 pixels, without smoothing."""
+    factor = max(1, round(128 / images.shape[1]))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def grid(rows, captions=None, labels=None):
+    """Rows of pictures as one PIL image.
+
+    rows: list of uint8 (N, H, W, 3); captions: for each row N str to write under the pictures; labels: a str a row,
+    written at its left.
+    """
+    rows = [scale_up(np.asarray(row)) for row in rows]
+    height, width = rows[0].shape[1:3]
+    font = ImageFont.load_default(11)
+    left = 0 if labels is None else 12 + int(max(font.getlength(label) for label in labels))
+    below = LINE if captions else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + columns * (width + GAP) + GAP, len(rows) * (height + below + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        y = GAP + r * (height + below + GAP)
+        if labels is not None:
+            draw.text((6, y + height // 2 - 6), labels[r], fill="black", font=font)
+        for c, image in enumerate(row):
+            x = left + GAP + c * (width + GAP)
+            sheet.paste(Image.fromarray(image), (x, y))
+            if captions:
+                draw.text((x + 1, y + height + 1), captions[r][c], fill="black", font=font)
+    return sheet
+
+
+def save_png(path, image):
+    """Write a PIL image, atomically."""
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def save_curve(path, history, title):
+    """Reward over epochs with its spread, and below it how far and how roughly the policy moved."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    epochs = [h["epoch"] for h in history]
+    column = lambda name: np.array([h[name] for h in history])     # noqa: E731
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), height_ratios=(2, 1), sharex=True)
+    mean, std = column("reward_mean"), column("reward_std")
+    top.fill_between(epochs, mean - std, mean + std, alpha=0.2, label="one standard deviation")
+    top.plot(epochs, mean, marker="o", markersize=3, label="mean of the epoch's samples")
+    top.set(ylabel="reward", title=title)
+    top.legend(fontsize=8)
+    bottom.plot(epochs, column("clip_fraction"), label="clip fraction")
+    bottom.set(xlabel="epoch", ylabel="clip fraction", ylim=(0, 1))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,107 @@
+"""Draw pictures:  python sample.py --prompt "a fox" [--lora runs/jpeg/lora.safetensors]
+
+With a LoRA, the base model's pictures and the LoRA's are drawn from the same noise and shown one above the other.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ddpo_min import figures
+from ddpo_min.ddim import ddim_steps
+from ddpo_min.files import InputError, run_main
+from ddpo_min.lora import load_lora
+from ddpo_min.prompts import HELD_OUT, find_prompts
+from ddpo_min.rollout import Policy, sample_trajectories
+from ddpo_min.run import pick_device
+from ddpo_min.settings import OneLineParser
+from ddpo_min.weights import SHIPPED, load_stable_diffusion
+
+COLUMNS = 10    # pictures in a row of the grid, at most
+
+
+def parse(arguments):
+    """The command line of sample.py."""
+    parser = OneLineParser(prog="sample.py", description="Draw pictures from prompts.", allow_abbrev=False)
+    parser.add_argument("--prompt", default="", help="what to draw")
+    parser.add_argument("--prompts", default="", help="a text file with one prompt a line, or the set animals")
+    parser.add_argument("--num", type=int, help="pictures a prompt (8 for --prompt, 1 for --prompts)")
+    parser.add_argument("--lora", default="", help="lora.safetensors of a run")
+    parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped model)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (0)")
+    parser.add_argument("--steps", type=int, help="denoising steps (20 for the shipped model, 50 at 512 pixels)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance (2 for the shipped model, 5 at 512 pixels)")
+    parser.add_argument("--batch", type=int, help="pictures at a time (32 for the shipped model, 1 at 512 pixels)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", default="samples", help="folder for the pictures (samples)")
+    args = parser.parse_args(arguments)
+    if bool(args.prompt) == bool(args.prompts):
+        raise InputError("give either --prompt TEXT or --prompts FILE")
+    args.num = args.num if args.num is not None else (8 if args.prompt else 1)
+    for name, highest in (("num", 10_000), ("batch", 10_000), ("steps", 500)):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= highest:
+            raise InputError(f"--{name} {value}: expected 1 to {highest}")
+    if not 0 <= args.seed < HELD_OUT:
+        raise InputError(f"--seed {args.seed}: expected 0 to {HELD_OUT - 1}")
+    for name in ("guidance", "scale"):
+        if getattr(args, name) is not None and not np.isfinite(getattr(args, name)):
+            raise InputError(f"--{name} {getattr(args, name)}: expected a number")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise InputError(f"--out {args.out}: a file; expected a folder")
+    return args
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    lines = [args.prompt] if args.prompt else find_prompts(args.prompts)
+    prompts = [line for line in lines for _ in range(args.num)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    device, out = pick_device(args.device), Path(args.out)
+    model = load_stable_diffusion(args.weights, device, getattr(torch, args.dtype))
+    print(model.report)
+    layers = load_lora(args.lora, model.unet, args.scale) if args.lora else {}
+    steps, guidance, batch = (given if given is not None else (small if model.image_size < 256 else real)
+                              for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
+                                                         (args.batch, 32, 1)))
+    policy = Policy(model, ddim_steps(steps), guidance)
+    print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, on {device}"
+          + (f", {len(layers)} LoRA layers at scale {args.scale:g}" if layers else ""))
+
+    full = {name: layer.scale for name, layer in layers.items()}
+
+    def draw(part, with_lora):
+        for name, layer in layers.items():
+            layer.scale = full[name] if with_lora else 0.0
+        return sample_trajectories(policy, prompts[part], seeds[part], batch, model.latent_size).images
+
+    images, base = [], []
+    with tqdm(total=len(prompts), unit="picture") as bar:
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            if layers:
+                base.extend(draw(part, with_lora=False))
+            for image in draw(part, with_lora=True):
+                figures.save_png(out / f"{len(images):04d}.png", Image.fromarray(image))
+                images.append(image)
+                bar.update()
+
+    columns = min(args.num if args.num > 1 else len(images), COLUMNS)
+    rows, labels, captions = [], [], []
+    for start in range(0, len(images), columns):
+        for name, source in (("base", base), ("LoRA", images)):
+            if source:
+                rows.append(np.stack(source[start:start + columns]))
+                labels.append(name)
+                captions.append([prompt[:24] for prompt in prompts[start:start + columns]])
+    figures.save_png(out / "grid.png", figures.grid(rows, captions, labels if layers else None))
+    print(f"{out}/0000.png ... {out}/{len(images) - 1:04d}.png, all of them in {out}/grid.png")
+
+
+if __name__ == "__main__":
+    run_main(main)
