@@ -144,10 +144,11 @@ def _paste(rng, canvas, name, size, center, rotate=True):
     canvas.paste(tile, (x, y), tile)
 
 
-def render(rng, animal=None, kind=None, activities=True):
+def render(rng, animal=None, kind=None, activities=True, smallest=44):
     """Draw one picture and say what is on it.
 
-    rng: numpy Generator; animal, kind: fixed if given, else uniform.
+    rng: numpy Generator; animal, kind: fixed if given, else uniform; activities: False draws single animals only;
+    smallest: pixels, of a single animal's longer side (the largest is 56).
     Returns (image uint8 (64, 64, 3), caption, animal's index, background's index).
     """
     animal = animal or list(ANIMALS)[rng.integers(len(ANIMALS))]
@@ -157,7 +158,7 @@ def render(rng, animal=None, kind=None, activities=True):
     what = rng.uniform() if activities else 0.0
     mid = SIZE / 2
     if what < 0.84:      # one animal, large: this is what the model must learn first
-        size = rng.uniform(44, 56)
+        size = rng.uniform(smallest, 56)
         room = (SIZE - size) / 2
         _paste(rng, canvas, animal, size, mid + rng.uniform(-room, room, 2))
         subject = article(animal)
