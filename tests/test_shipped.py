@@ -1,0 +1,90 @@
+"""The shipped model and the world it was made for."""
+import sys
+
+import numpy as np
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "weights"))
+import evaluate                                                 # noqa: E402
+import pretrain                                                 # noqa: E402
+import world                                                    # noqa: E402
+from ddpo_min.prompts import ANIMALS, find_prompts              # noqa: E402
+from ddpo_min.weights import load_stable_diffusion              # noqa: E402
+
+
+def test_a_seed_names_a_render_for_ever():
+    a, b = world.render_many(5, 8), world.render_many(5, 8)
+    assert (a[0] == b[0]).all() and a[1] == b[1]
+    assert (a[0] != world.render_many(6, 8)[0]).any()
+
+
+def test_captions_say_what_is_drawn():
+    _, captions, animals, kinds = world.render_many(7, 400)
+    assert list(world.ANIMALS) == ANIMALS
+    for caption, animal, kind in zip(captions, animals, kinds):
+        name = ANIMALS[animal]
+        assert any(caption.startswith(start) for start in (world.article(name), f"two {world.plural(name)}",
+                                                           f"three {world.plural(name)}"))
+        if " on a" in caption:
+            said, kind = caption.split(" on ")[1], world.BACKGROUNDS[kind]
+            assert kind in said or kind == "plain" and any(color in said for color in world.COLORS)
+    silent = [kind for caption, kind in zip(captions, kinds) if " on a" not in caption]
+    assert len(set(silent)) == len(world.BACKGROUNDS)
+
+
+def test_every_animal_has_a_glyph_of_its_own():
+    pictures = [np.asarray(world.glyph(name).resize((16, 16))).tobytes() for name in world.NAMES]
+    assert len(set(pictures)) == len(world.NAMES) == 48
+
+
+def test_folding_the_normalisation_keeps_the_autoencoder_and_whitens_its_latents():
+    torch.manual_seed(0)
+    vae = pretrain.VAE(pretrain.VAE_).eval()
+    vae.quant_conv.bias.data[:4] = torch.tensor([3.0, -1.0, 0.5, 0.0])
+    images = world.render_many(1, 20)[0]
+    images = np.concatenate([images] * 100)
+    x = pretrain.to_float(images[:20], "cpu")
+    with torch.no_grad():
+        before, variance = vae.decode(vae.encode(x)), vae.moments(x)[1]
+        std = vae.moments(x)[0].std((0, 2, 3))
+        pretrain.fold_normalisation(vae, images, "cpu")
+        after, latent = vae.decode(vae.encode(x)), vae.encode(x)
+        gain = 2 * torch.log(1 / (std * vae.config.latent_scale))
+    assert (after - before).abs().max() < 1e-4
+    assert latent.mean((0, 2, 3)).abs().max() < 1e-3 and (latent.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert (vae.moments(x)[1] - variance - gain[None, :, None, None]).abs().max() < 1e-2
+
+
+@torch.no_grad()
+def test_the_shipped_model_draws_what_it_is_asked_for():
+    model = load_stable_diffusion()
+    classifier = evaluate.load_half(pretrain.Classifier(), "classifier.safetensors")
+    images, animals = evaluate.draw(model, 1, steps=10, guidance=2.0)
+    assert evaluate.recognised(classifier, images, animals).mean() >= 0.75
+    assert evaluate.recognised(classifier, images, np.roll(animals, 1)).mean() <= 0.1
+
+
+@torch.no_grad()
+def test_the_shipped_parts_do_their_work():
+    model = load_stable_diffusion()
+    images, _, animals, _ = world.render_many(evaluate.HELD_OUT_WORLD, 140, activities=False)
+    x = pretrain.to_float(images, "cpu")
+    error = ((model.vae.decode(model.vae.encode(x)).clamp(-1, 1) - x) ** 2).mean().item()
+    assert 10 * np.log10(4 / error) >= 25.5
+    clip = evaluate.load_half(pretrain.clip_model(), "clip.safetensors")
+    text = clip.encode_text(pretrain.tokenize(find_prompts("animals")), normalize=True)
+    named = (clip.encode_image(x, normalize=True) @ text.T).argmax(dim=1).numpy()
+    assert (named == animals).mean() >= 0.97
+
+
+def test_clip_and_stable_diffusion_share_their_text_tower():
+    """The file's text encoder is CLIP's: pooled at the end token and projected it gives CLIP's own text embedding."""
+    model = load_stable_diffusion()
+    clip = evaluate.load_half(pretrain.clip_model(), "clip.safetensors")
+    ids = pretrain.tokenize(["a fox", "two cats on a striped background"])
+    with torch.no_grad():
+        end = (ids == 49407).int().argmax(dim=1)
+        pooled = model.text_encoder(ids)[torch.arange(2), end] @ clip.text_projection
+        assert (pooled - clip.encode_text(ids)).abs().max() < 1e-4

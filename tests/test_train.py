@@ -1,0 +1,262 @@
+"""The training loop from the outside: exact resume, clean Ctrl-C, the gradient it takes, refusal of bad input."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from conftest import ROOT
+from ddpo_min import rewards
+from ddpo_min.ddim import ddim_steps, step_weights
+from ddpo_min.files import InputError, atomic
+from ddpo_min.lora import add_lora
+from ddpo_min.prompts import HELD_OUT, draw, find_prompts, held_out
+from ddpo_min.rollout import Policy, groups, sample_noise, sample_trajectories
+from ddpo_min.settings import PRESETS, Settings, _help_texts, parse, settings_from
+from ddpo_min.weights import SHIPPED, load_stable_diffusion
+
+TIMES = ("sampling_images_per_s", "training_images_per_s", "peak_memory_mb")
+
+
+def arguments(model_file, out, *more, epochs=4):
+    return ["--weights", str(model_file), "--preset", "laptop", "--samples", "8", "--updates", "2", "--steps", "3",
+            "--epochs", str(epochs), "--eval-samples", "5", "--show-every", "2", "--device", "cpu", "--prompt-minimum",
+            "2", "--out", str(out), *more]
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_file, tmp_path_factory):
+    """A run of four epochs that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(arguments(tiny_file, out))
+    return out
+
+
+def assert_same_run(a, b):
+    ours, theirs = load_file(a / "lora.safetensors"), load_file(b / "lora.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.png").read_bytes() == (b / "samples.png").read_bytes()
+    assert (a / "before_after.png").read_bytes() == (b / "before_after.png").read_bytes()
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tiny_file, tmp_path):
+    out = tmp_path / "halves"
+    train.main(arguments(tiny_file, out, epochs=2))
+    train.main(["--resume", str(out), "--epochs", "4"])
+    assert_same_run(finished, out)
+
+
+def test_ctrl_c_saves_everything_and_the_run_can_go_on(finished, tiny_file, tmp_path, monkeypatch):
+    out, calls = tmp_path / "stopped", []
+
+    def interrupted(images, prompts):
+        calls.append(1)
+        if len(calls) == 4:         # one for the evaluation before, then one an epoch: this is the third epoch's
+            raise KeyboardInterrupt
+        return rewards.jpeg(images, prompts)
+
+    monkeypatch.setitem(rewards.REWARDS, "jpeg", interrupted)
+    train.main(arguments(tiny_file, out))
+    assert len(metrics(out)) == 2 and (out / "lora.safetensors").exists() and (out / "before_after.png").exists()
+    monkeypatch.undo()
+    train.main(["--resume", str(out), "--epochs", "4"])
+    assert_same_run(finished, out)
+
+
+def test_the_first_update_starts_at_ratio_one(finished):
+    assert [line["max_ratio_error"] for line in metrics(finished)] == [0.0] * 4
+    assert any(line["approx_kl"] > 0 for line in metrics(finished))
+
+
+def test_the_run_learns_something_and_says_so(finished):
+    state = load_file(finished / "lora.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
+    result = json.loads((finished / "result.json").read_text())
+    assert result["epochs"] == 4 and result["reward_before"] != result["reward_after"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["steps"] == 3 and set(config) == {field.name for field in fields(Settings)}
+
+
+@pytest.mark.parametrize("algorithm,guidance,batch,weights", [("ddpo_sf", 1.0, 8, "paper"), ("ddpo_is", 3.0, 3, "even")])
+def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, algorithm, guidance, batch, weights):
+    """With plain gradient descent at rate 1, the change of the LoRA is the policy gradient, written here by hand."""
+    settings = settings_from(dict(samples=8, updates=1, batch=batch, algorithm=algorithm, steps=3, guidance=guidance,
+                                  grad_clip=1e9, step_weights=weights))
+    model = load_stable_diffusion(tiny_file)
+    torch.manual_seed(0)
+    layers = add_lora(model.unet, 2)
+    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.1)
+    policy = Policy(model, ddim_steps(3), guidance)
+    prompts, seeds = draw(find_prompts("animals"), 8, 0, 0)
+    trajectories = sample_trajectories(policy, prompts, seeds, batch, model.latent_size)
+    advantages = torch.randn(8)
+
+    objective, w = 0.0, step_weights(policy.steps)
+    everyone = torch.arange(8)
+    for i in range(3):
+        _, log_p = policy.step(trajectories.latents[:, i], i, *trajectories.context(everyone),
+                               x_prev=trajectories.latents[:, i + 1])
+        v = 1 if weights == "paper" else 3 / w[i] / sum(1 / x for x in w)
+        objective = objective + v * (advantages * log_p).sum() / (8 * 3)
+    expected = torch.autograd.grad(objective, parameters)
+    before = [p.detach().clone() for p in parameters]
+    train.update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, advantages, settings,
+                 np.random.default_rng(0), lambda done: None)
+    largest = max(g.abs().max() for g in expected)
+    assert largest > 1e-4
+    for p, old, gradient in zip(parameters, before, expected):
+        assert (p.detach() - old - gradient).abs().max() < 1e-4 * largest + 1e-6
+
+
+def test_timestep_fraction_trains_on_that_share_of_the_steps(tiny_file):
+    model = load_stable_diffusion(tiny_file)
+    layers = add_lora(model.unet, 2)
+    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    policy = Policy(model, ddim_steps(4), 1.0)
+    settings = settings_from(dict(samples=4, updates=2, steps=4, timestep_fraction=0.5))
+    trajectories = sample_trajectories(policy, *draw(["a cat"], 4, 0, 0), 2, model.latent_size)
+    scored, step = [], policy.step
+    policy.step = lambda x_t, i, *rest, **named: (scored.append(int(i)), step(x_t, i, *rest, **named))[1]
+    train.update(policy, parameters, torch.optim.AdamW(parameters), trajectories, torch.ones(4), settings,
+                 np.random.default_rng(0), lambda done: None)
+    assert len(scored) == 4 and len(set(scored[:2])) == 2 and len(set(scored[2:])) == 2
+
+
+def test_prompts_are_drawn_evenly_and_seeds_never_meet_the_held_out_ones():
+    prompts = find_prompts("animals")
+    drawn, seeds = draw(prompts, 256, seed=3, epoch=7)
+    counts = [drawn.count(prompt) for prompt in prompts]
+    assert len(prompts) == 45 and sum(counts) == 256 and max(counts) - min(counts) <= 1
+    assert "an ant" in prompts and "a cat" in prompts
+    assert draw(prompts, 256, 3, 7) == (drawn, seeds) != draw(prompts, 256, 3, 8)
+    held = held_out(prompts, 1000)[1]
+    assert HELD_OUT == min(held) and max(held) < 2 ** 31 <= min(seeds) and max(seeds) < 2 ** 32
+    assert len(set(seeds)) == 256
+
+
+def test_seeds_that_differ_draw_noise_that_differs():
+    """torch keeps 32 bits of a seed: the three ranges must not meet there."""
+    seeds = [0, 1, HELD_OUT, HELD_OUT + 1, *draw(["a cat"], 4, 0, 0)[1]]
+    noise = sample_noise(seeds, 1, (1, 2, 2)).flatten(1)
+    assert len({tuple(row.tolist()) for row in noise}) == len(seeds)
+
+
+def test_sample_writes_numbered_pictures_and_a_lora_at_scale_zero_changes_nothing(finished, tiny_file, tmp_path):
+    lora = str(finished / "lora.safetensors")
+    common = ["--weights", str(tiny_file), "--prompt", "a fox", "--num", "3", "--steps", "3", "--batch", "2"]
+    sample.main([*common, "--out", str(tmp_path / "base")])
+    sample.main([*common, "--out", str(tmp_path / "off"), "--lora", lora, "--scale", "0"])
+    sample.main([*common, "--out", str(tmp_path / "on"), "--lora", lora, "--scale", "50"])
+    names = ["0000.png", "0001.png", "0002.png"]
+    base, off, on = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("base", "off", "on"))
+    assert base == off and len(set(base)) == 3
+    assert all(a != b for a, b in zip(base, on))
+    assert (tmp_path / "on" / "grid.png").exists()
+
+
+def test_sample_draws_num_pictures_for_every_line_of_a_file(tiny_file, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\n\na cow\n")
+    sample.main(["--weights", str(tiny_file), "--prompts", str(tmp_path / "prompts.txt"), "--num", "2", "--steps", "2",
+                 "--out", str(tmp_path / "out")])
+    assert sorted(p.name for p in (tmp_path / "out").glob("0*.png")) == [f"{i:04d}.png" for i in range(4)]
+
+
+@pytest.mark.parametrize("wrong,named", [
+    (["--reward", "beauty"], "beauty"), (["--preset", "huge"], "huge"), (["--algorithm", "grpo"], "grpo"),
+    (["--samples", "10", "--updates", "4"], "--samples 10"), (["--prompt-minimum", "40"], "--prompt-minimum 40"),
+    (["--eta", "0"], "--eta"), (["--steps", "501"], "--steps 501"), (["--epochs", "0"], "--epochs 0"),
+    (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--timestep-fraction", "1.5"], "--timestep-fraction"),
+    (["--device", "tpu"], "tpu"), (["--dtype", "float16"], "float16"), (["--algorithm", "ddpo_sf", "--updates", "4"], "ddpo_sf"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--resume", "nowhere"], "nowhere"), (["--lr", "fast"], "fast"), (["--colour", "red"], "--colour"),
+    (["--epoch", "3"], "--epoch"),
+])
+def test_bad_input_is_one_line_that_names_it(wrong, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        train.main(wrong)
+    except InputError as error:
+        message = str(error)
+    except SystemExit as stop:
+        assert stop.code == 2
+        message = capsys.readouterr().err.strip()
+    assert named in message and "\n" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prompt_files_that_are_empty_or_no_text_are_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    for name in ("empty.txt", "binary.txt"):
+        with pytest.raises(InputError, match=name):
+            find_prompts(str(tmp_path / name))
+
+
+def test_a_bad_reward_ends_the_run_with_the_finished_epochs_saved(tiny_file, tmp_path, monkeypatch):
+    calls = []
+
+    def breaks(images, prompts):
+        calls.append(1)
+        return np.full(len(images), np.nan if len(calls) == 3 else 1.0) + np.arange(len(images))
+
+    monkeypatch.setitem(rewards.REWARDS, "jpeg", breaks)
+    with pytest.raises(InputError, match="nan"):
+        train.main(arguments(tiny_file, tmp_path / "run"))
+    assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_command_line_mistake_exits_with_status_2_and_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--weights", "no.safetensors"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.safetensors" in done.stderr
+
+
+def test_an_existing_folder_is_not_written_over(finished, tiny_file):
+    before = (finished / "lora.safetensors").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        train.main(arguments(tiny_file, finished))
+    with pytest.raises(InputError, match="--lr"):
+        train.main(["--resume", str(finished), "--lr", "0.1"])
+    assert (finished / "lora.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_every_setting_is_explained_and_every_preset_is_valid():
+    assert set(_help_texts()) == {field.name for field in fields(Settings)}
+    for preset in PRESETS:
+        assert settings_from({"preset": preset}).preset == preset
+    settings, given = parse(["--clip-range", "1e-4", "--epochs", "3"])
+    assert (settings.clip_range, settings.epochs, given) == (1e-4, 3, {"clip_range", "epochs"})
+    assert settings_from({"weights": "x.safetensors"}).preset == "sd_lora"
+    assert settings_from({"algorithm": "ddpo_sf"}).updates == 1
+    assert settings_from({"weights": str(SHIPPED)}).preset == "laptop"
+
+
+def test_groups_never_cross_the_shares_of_the_updates():
+    assert groups(12, 6, 4) == [(0, 4), (4, 6), (6, 10), (10, 12)]
+    assert groups(5, 8, 2) == [(0, 2), (2, 4), (4, 5)]
