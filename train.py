@@ -116,7 +116,7 @@ def main(arguments=None):
             begin = time.time()
             batch_prompts, seeds = draw(prompts, settings.samples, settings.seed, epoch)
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs} sampling")
-            trajectories = sample(batch_prompts, seeds, bar.update)                               # sample
+            trajectories = sample(batch_prompts, seeds, bar.update)                                         # sample
 
             rewards = score(reward, trajectories.images, batch_prompts)                                     # score
             bar.set_postfix_str(f"reward {rewards.mean():.3f}")

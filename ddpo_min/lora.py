@@ -22,8 +22,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="meta").to_empty(device=linear.weight.device)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="meta").to_empty(device=linear.weight.device)
+        where = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="meta").to_empty(device=where)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="meta").to_empty(device=where)
         # drawn on the CPU: the same seed gives the same start on every device
         self.lora_A.weight.data.copy_(torch.randn(rank, linear.in_features) / rank)
         nn.init.zeros_(self.lora_B.weight)

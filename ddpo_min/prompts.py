@@ -10,7 +10,8 @@ ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat l
 beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly
 llama camel bat gorilla hedgehog kangaroo""".split()
 
-# torch's generator uses 32 bits of a seed: training takes the upper half, evaluation counts from here, sample.py from 0.
+# torch's generator uses 32 bits of a seed: training takes the upper half, evaluation counts from here, sample.py
+# from 0.
 HELD_OUT = 2 ** 30
 
 

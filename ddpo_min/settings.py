@@ -31,7 +31,7 @@ class Settings:
     batch: int = 64                 # samples that go through the network together: memory and speed
     clip_range: float = 0.01        # the ratio is clipped to 1 +- this; see README, "What clip 1e-4 means" [1e-4]
     advantage_clip: float = 5.0     # advantages beyond this are cut [code: 5 or 10]
-    step_weights: str = "even"      # even: each step's loss is divided by its w_t (ddim.step_weights); paper: all count 1
+    step_weights: str = "even"      # even: a step's loss is divided by its w_t, see README; paper: all count 1
     timestep_fraction: float = 1.0  # share of a trajectory's steps that is trained on, drawn anew each update [1]
     # Optimiser: AdamW on the LoRA
     lr: float = 6e-3                # learning rate [1e-5 for the whole UNet; code: 3e-4 for LoRA]
@@ -47,7 +47,7 @@ class Settings:
     # Machine and files
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best there is
-    dtype: str = "float32"          # of the frozen networks: float32 or bfloat16 (gradients underflow in float16); the LoRA is float32
+    dtype: str = "float32"          # of the frozen networks: float32 or bfloat16; in float16 gradients underflow
     eval_samples: int = 180         # pictures for the figures before and after, on seeds never trained on
     show_every: int = 4             # epochs between two rows of samples.png
     out: str = ""                   # folder of the run; empty is runs/REWARD, numbered if it exists
@@ -60,8 +60,8 @@ PRESETS = {
                     eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper"),
 }
 ALGORITHMS = {"ddpo_is": {}, "ddpo_sf": dict(updates=1)}     # REINFORCE may use its samples only once
-CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS), dtype=("float32", "bfloat16"),
-               device=("auto", "cpu", "cuda", "mps"))
+CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
+               dtype=("float32", "bfloat16"),               device=("auto", "cpu", "cuda", "mps"))
 
 
 class OneLineParser(argparse.ArgumentParser):

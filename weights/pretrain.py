@@ -217,7 +217,7 @@ def train_clip(args):
 
 
 def train_classifier(args):
-    """The judge: a network of its own, trained on renders blurred and grained at random so that it looks at shapes and colours."""
+    """The judge: a network of its own, trained on renders blurred and grained at random."""
     torch.manual_seed(args.seed + 1)
     model = Classifier().to(args.device, memory_format=torch.channels_last)
     images, captions, animals, _ = load_or_render(args)
@@ -324,7 +324,7 @@ def main():
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--renders", type=int, default=100_000, help="pictures in each of the two training sets, a multiple of 1000")
+    parser.add_argument("--renders", type=int, default=100_000, help="in each training set, a multiple of 1000")
     parser.add_argument("--vae-steps", type=int, default=7500)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--clip-steps", type=int, default=1000)
