@@ -61,7 +61,7 @@ PRESETS = {
 }
 ALGORITHMS = {"ddpo_is": {}, "ddpo_sf": dict(updates=1)}     # REINFORCE may use its samples only once
 CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
-               dtype=("float32", "bfloat16"),               device=("auto", "cpu", "cuda", "mps"))
+               dtype=("float32", "bfloat16"), device=("auto", "cpu", "cuda", "mps"))
 
 
 class OneLineParser(argparse.ArgumentParser):

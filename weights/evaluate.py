@@ -22,7 +22,7 @@ from ddpo_min.files import run_main                                     # noqa: 
 from ddpo_min.lora import load_lora                                     # noqa: E402
 from ddpo_min.prompts import ANIMALS, find_prompts                      # noqa: E402
 from ddpo_min.rewards import jpeg_kilobytes                             # noqa: E402
-from ddpo_min.rollout import Policy, sample_trajectories, to_uint8      # noqa: E402
+from ddpo_min.rollout import Policy, sample_trajectories                # noqa: E402
 from ddpo_min.text import tokenize                                      # noqa: E402
 from pretrain import Classifier, clip_model, to_float                   # noqa: E402
 
