@@ -28,7 +28,7 @@ def test_captions_say_what_is_drawn():
         assert any(caption.startswith(start) for start in (world.article(name), f"two {world.plural(name)}",
                                                            f"three {world.plural(name)}"))
         if " on a" in caption:
-            said, kind = caption.split(" on ")[1], world.BACKGROUNDS[kind]
+            said, kind = caption.split(" on ")[1], list(world.BACKGROUNDS)[kind]
             assert kind in said or kind == "plain" and any(color in said for color in world.COLORS)
     silent = [kind for caption, kind in zip(captions, kinds) if " on a" not in caption]
     assert len(set(silent)) == len(world.BACKGROUNDS)

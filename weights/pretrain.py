@@ -69,7 +69,8 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
     """
     path = Path(args.work) / f"{name}.pt"
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                  fused=True)
     average = {k: v.detach().clone() for k, v in modules.state_dict().items()} if ema else None
     first = 0
     if path.exists():

@@ -31,7 +31,8 @@ NAMES = list(ANIMALS) + list(PROPS)
 IRREGULAR = dict(monkey="monkeys", sheep="sheep", deer="deer", wolf="wolves", fox="foxes", butterfly="butterflies",
                  fish="fish", mouse="mice", goose="geese", fly="flies", turkey="turkeys")
 
-BACKGROUNDS = ["plain", "gradient", "striped", "checkered", "dotted", "noisy", "busy"]
+# Each kind with its share. The patterns repeat in whole latent cells of 4 pixels: what repeats is soon learnt.
+BACKGROUNDS = dict(plain=3, gradient=3, striped=3, checkered=3, dotted=3, noisy=3, busy=1)
 COLORS = dict(red=(214, 60, 60), orange=(240, 150, 60), yellow=(240, 215, 90), green=(90, 170, 90), blue=(80, 120, 210),
               purple=(150, 95, 190), pink=(240, 160, 190), brown=(140, 100, 75), grey=(140, 145, 150),
               white=(245, 245, 245), black=(40, 40, 45), teal=(70, 165, 170))
@@ -68,11 +69,11 @@ def _color(rng, name=None):
     return np.clip(np.array(COLORS[name]) + rng.normal(0, 8, 3), 0, 255).astype(np.float32)
 
 
-def _two_colors(rng):
-    """Two named colours that can be told apart."""
+def _two_colors(rng, least, most):
+    """Two named colours whose channels differ by `least` to `most` in sum."""
     while True:
         a, b = _color(rng), _color(rng)
-        if 110 < np.abs(a - b).sum() < 420:
+        if least < np.abs(a - b).sum() < most:
             return a, b
 
 
@@ -81,27 +82,23 @@ def background(rng, kind, color=None):
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     if kind == "plain":
         return np.broadcast_to(_color(rng, color), (SIZE, SIZE, 3))
-    a, b = _two_colors(rng)
+    a, b = _two_colors(rng, 110, 420) if kind == "gradient" else _two_colors(rng, 240, 700)
     if kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         along = (np.cos(angle) * (x - SIZE / 2) + np.sin(angle) * (y - SIZE / 2)) / SIZE + 0.5
         mix = np.clip(along, 0, 1)
     elif kind == "striped":
         angle = rng.integers(4) * np.pi / 4
-        along = np.cos(angle) * x + np.sin(angle) * y
-        period = rng.uniform(8, 14)
-        mix = _soft_wave(along / period + rng.uniform())
+        mix = _soft_wave((np.cos(angle) * x + np.sin(angle) * y) / 12 + rng.uniform())
     elif kind == "checkered":
-        cell = rng.uniform(6, 9)
-        wave = np.sin(np.pi * (x / cell + rng.uniform(0, 2))) * np.sin(np.pi * (y / cell + rng.uniform(0, 2)))
-        mix = np.clip(0.5 + 2.2 * wave, 0, 1)
+        u, v = x / 8 + rng.uniform(0, 2), y / 8 + rng.uniform(0, 2)
+        mix = np.clip(0.5 + 2.2 * np.sin(np.pi * u) * np.sin(np.pi * v), 0, 1)
     elif kind == "dotted":
-        pitch = rng.uniform(10, 14)
-        u, v = x / pitch + rng.uniform(), y / pitch + rng.uniform()
-        u, v = (u - np.floor(u) - 0.5) * pitch, (v - np.floor(v) - 0.5) * pitch
-        mix = np.clip(rng.uniform(0.28, 0.34) * pitch - np.hypot(u, v) + 0.5, 0, 1)
+        u, v = x / 12 + rng.uniform(), y / 12 + rng.uniform()
+        u, v = (u - np.floor(u) - 0.5) * 12, (v - np.floor(v) - 0.5) * 12
+        mix = np.clip(4 - np.hypot(u, v) + 0.5, 0, 1)
     elif kind == "noisy":
-        cells = rng.uniform(0, 1, (SIZE // 4, SIZE // 4)).astype(np.float32)
+        cells = rng.integers(0, 2, (SIZE // 4, SIZE // 4)).astype(np.float32)
         mix = cells.repeat(4, 0).repeat(4, 1)
     elif kind == "busy":
         return _busy(rng, a)
@@ -147,12 +144,13 @@ def _paste(rng, canvas, name, size, center, rotate=True):
 def render(rng, animal=None, kind=None, activities=True, smallest=44):
     """Draw one picture and say what is on it.
 
-    rng: numpy Generator; animal, kind: fixed if given, else uniform; activities: False draws single animals only;
+    rng: numpy Generator; animal, kind: fixed if given, else drawn; activities: False draws single animals only;
     smallest: pixels, of a single animal's longer side (the largest is 56).
     Returns (image uint8 (64, 64, 3), caption, animal's index, background's index).
     """
     animal = animal or list(ANIMALS)[rng.integers(len(ANIMALS))]
-    kind = kind or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    shares = np.array(list(BACKGROUNDS.values()))
+    kind = kind or str(rng.choice(list(BACKGROUNDS), p=shares / shares.sum()))
     color = list(COLORS)[rng.integers(len(COLORS))]
     canvas = Image.fromarray(background(rng, kind, color).round().astype(np.uint8))
     what = rng.uniform() if activities else 0.0
@@ -180,7 +178,7 @@ def render(rng, animal=None, kind=None, activities=True, smallest=44):
         caption = subject
     else:
         caption = f"{subject} on {article(color if kind == 'plain' else kind)} background"
-    return np.asarray(canvas), caption, list(ANIMALS).index(animal), BACKGROUNDS.index(kind)
+    return np.asarray(canvas), caption, list(ANIMALS).index(animal), list(BACKGROUNDS).index(kind)
 
 
 def render_many(seed, count, **fixed):
