@@ -25,7 +25,7 @@ class Settings:
     guidance: float = 2.0           # classifier-free guidance, in sampling and training alike; 1 is none [5.0]
     eta: float = 1.0                # DDIM's noise, in (0, 1] [code: 1.0]
     # Learning
-    epochs: int = 13                # rounds of sampling and training [code: 100]
+    epochs: int = 11                # rounds of sampling and training [code: 100]
     updates: int = 4                # optimiser steps an epoch, on equal shares of the samples [4]
     inner_epochs: int = 1           # passes over the same samples [1]
     batch: int = 64                 # samples that go through the network together: memory and speed
@@ -34,16 +34,16 @@ class Settings:
     step_weights: str = "even"      # even: a step's loss is divided by its w_t, see README; paper: all count 1
     timestep_fraction: float = 1.0  # share of a trajectory's steps that is trained on, drawn anew each update [1]
     # Optimiser: AdamW on the LoRA
-    lr: float = 6e-3                # learning rate [1e-5 for the whole UNet; code: 3e-4 for LoRA]
+    lr: float = 5e-3                # learning rate [1e-5 for the whole UNet; code: 3e-4 for LoRA]
     weight_decay: float = 1e-4      # [1e-4]
     beta1: float = 0.9              # [0.9]
-    beta2: float = 0.999            # [0.999]
+    beta2: float = 0.95             # short: the first gradients are the largest and soon out of date [0.999]
     adam_eps: float = 1e-8          # [1e-8]
     grad_clip: float = 1.0          # largest norm of the gradient [1.0]
     rank: int = 4                   # of the LoRA on the attention projections [code: 4]
     # Per-prompt normalisation of the reward
-    prompt_buffer: int = 32         # latest rewards of a prompt that count [code: 16 or 32]
-    prompt_minimum: int = 16        # with fewer than these, the epoch's mean and deviation are used [code: 16]
+    prompt_buffer: int = 16         # latest rewards of a prompt that count [code: 16 or 32]
+    prompt_minimum: int = 8        # with fewer than these, the epoch's mean and deviation are used [code: 16]
     # Machine and files
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best there is
@@ -57,7 +57,8 @@ class Settings:
 PRESETS = {
     "laptop": {},
     "sd_lora": dict(samples=256, steps=50, guidance=5.0, epochs=100, updates=4, batch=4, clip_range=1e-4, lr=3e-4,
-                    eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper"),
+                    eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper", beta2=0.999,
+                    prompt_buffer=32, prompt_minimum=16),
 }
 ALGORITHMS = {"ddpo_is": {}, "ddpo_sf": dict(updates=1)}     # REINFORCE may use its samples only once
 CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
