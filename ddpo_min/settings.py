@@ -43,7 +43,7 @@ class Settings:
     rank: int = 4                   # of the LoRA on the attention projections [code: 4]
     # Per-prompt normalisation of the reward
     prompt_buffer: int = 16         # latest rewards of a prompt that count [code: 16 or 32]
-    prompt_minimum: int = 8        # with fewer than these, the epoch's mean and deviation are used [code: 16]
+    prompt_minimum: int = 8         # with fewer than these, the epoch's mean and deviation are used [code: 16]
     # Machine and files
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best there is

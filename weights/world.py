@@ -31,7 +31,7 @@ NAMES = list(ANIMALS) + list(PROPS)
 IRREGULAR = dict(monkey="monkeys", sheep="sheep", deer="deer", wolf="wolves", fox="foxes", butterfly="butterflies",
                  fish="fish", mouse="mice", goose="geese", fly="flies", turkey="turkeys")
 
-# Each kind with its share. The patterns repeat in whole latent cells of 4 pixels: what repeats is soon learnt.
+# Each kind with its share. Every pattern has one period: what always repeats alike is soon learnt.
 BACKGROUNDS = dict(plain=3, gradient=3, striped=3, checkered=3, dotted=3, noisy=3, busy=1)
 COLORS = dict(red=(214, 60, 60), orange=(240, 150, 60), yellow=(240, 215, 90), green=(90, 170, 90), blue=(80, 120, 210),
               purple=(150, 95, 190), pink=(240, 160, 190), brown=(140, 100, 75), grey=(140, 145, 150),
