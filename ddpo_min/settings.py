@@ -21,11 +21,11 @@ class Settings:
     preset: str = ""                # laptop or sd_lora; empty chooses by --weights
     # Sampling: the denoising process is the policy
     samples: int = 256              # pictures drawn an epoch [256]
-    steps: int = 6                  # denoising steps T [50]
-    guidance: float = 2.0           # classifier-free guidance, in sampling and training alike; 1 is none [5.0]
+    steps: int = 8                  # denoising steps T [50]
+    guidance: float = 1.0           # classifier-free guidance, in sampling and training alike; 1 is none [5.0]
     eta: float = 1.0                # DDIM's noise, in (0, 1] [code: 1.0]
     # Learning
-    epochs: int = 11                # rounds of sampling and training [code: 100]
+    epochs: int = 8                 # rounds of sampling and training [code: 100]
     updates: int = 4                # optimiser steps an epoch, on equal shares of the samples [4]
     inner_epochs: int = 1           # passes over the same samples [1]
     batch: int = 64                 # samples that go through the network together: memory and speed
@@ -34,7 +34,7 @@ class Settings:
     step_weights: str = "even"      # even: a step's loss is divided by its w_t, see README; paper: all count 1
     timestep_fraction: float = 1.0  # share of a trajectory's steps that is trained on, drawn anew each update [1]
     # Optimiser: AdamW on the LoRA
-    lr: float = 5e-3                # learning rate [1e-5 for the whole UNet; code: 3e-4 for LoRA]
+    lr: float = 2.5e-3              # learning rate [1e-5 for the whole UNet; code: 3e-4 for LoRA]
     weight_decay: float = 1e-4      # [1e-4]
     beta1: float = 0.9              # [0.9]
     beta2: float = 0.95             # short: the first gradients are the largest and soon out of date [0.999]

@@ -23,6 +23,7 @@ from ddpo_min.lora import load_lora                                     # noqa: 
 from ddpo_min.prompts import ANIMALS, find_prompts                      # noqa: E402
 from ddpo_min.rewards import jpeg_kilobytes                             # noqa: E402
 from ddpo_min.rollout import Policy, sample_trajectories                # noqa: E402
+from ddpo_min.settings import Settings                                  # noqa: E402
 from ddpo_min.text import tokenize                                      # noqa: E402
 from pretrain import Classifier, clip_model, to_float                   # noqa: E402
 
@@ -95,21 +96,22 @@ def main():
     parser.add_argument("--weights", default=str(HERE / "emoji.safetensors"))
     parser.add_argument("--lora", default="", help="compare base and LoRA instead")
     parser.add_argument("--num", type=int, default=10, help="pictures an animal")
-    parser.add_argument("--steps", type=int, help="20, sample.py's; with --lora 6, train.py's")
-    parser.add_argument("--guidance", type=float, default=2.0, help="2, sample.py's and train.py's")
+    parser.add_argument("--steps", type=int, help="20, sample.py's; with --lora train.py's default")
+    parser.add_argument("--guidance", type=float, help="2, sample.py's; with --lora train.py's default")
     parser.add_argument("--sheet", default="", help="write one sample of every animal here (the first seed of each)")
     args = parser.parse_args()
-    steps = args.steps if args.steps is not None else (6 if args.lora else 20)
+    usual = (Settings.steps, Settings.guidance) if args.lora else (20, 2.0)
+    steps, guidance = (own if own is not None else default for own, default in zip((args.steps, args.guidance), usual))
     model = load_stable_diffusion(args.weights)
     classifier = load_half(Classifier(), "classifier.safetensors")
     if not args.lora:
         judge_parts(model, classifier)
-    how = f"{steps} steps, guidance {args.guidance:g}"
-    images, animals = draw(model, args.num, steps, args.guidance)
+    how = f"{steps} steps, guidance {guidance:g}"
+    images, animals = draw(model, args.num, steps, guidance)
     before = report(how, images, animals, classifier)
     if args.lora:
         load_lora(args.lora, model.unet)
-        images, _ = draw(model, args.num, steps, args.guidance)
+        images, _ = draw(model, args.num, steps, guidance)
         after = report(f"{how}, with the LoRA", images, animals, classifier)
         print(f"still recognised: {100 * after.mean() / before.mean():.1f}% of what was recognised before")
     if args.sheet:
