@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ddpo_min import figures
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
-from ddpo_min.lora import load_lora
+from ddpo_min.lora import load_lora, switched_off
 from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import Policy, sample_trajectories
 from ddpo_min.run import pick_device
@@ -27,14 +27,14 @@ def parse(arguments):
     """The command line of sample.py."""
     parser = OneLineParser(prog="sample.py", description="Draw pictures from prompts.", allow_abbrev=False)
     parser.add_argument("--prompt", default="", help="what to draw")
-    parser.add_argument("--prompts", default="", help="a text file with one prompt a line, or the set animals")
+    parser.add_argument("--prompts", default="", help="a prompt set (animals, ...) or a text file, one prompt a line")
     parser.add_argument("--num", type=int, help="pictures a prompt (8 for --prompt, 1 for --prompts)")
     parser.add_argument("--lora", default="", help="lora.safetensors of a run")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
-    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped model)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (20 for the shipped model, 50 at 512 pixels)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance (2 for the shipped model, 5 at 512 pixels)")
+    parser.add_argument("--guidance", type=float, help="classifier-free (2 for the shipped model, 5 at 512 pixels)")
     parser.add_argument("--batch", type=int, help="pictures at a time (32 for the shipped model, 1 at 512 pixels)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -73,20 +73,17 @@ def main(arguments=None):
     print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, on {device}"
           + (f", {len(layers)} LoRA layers at scale {args.scale:g}" if layers else ""))
 
-    full = {name: layer.scale for name, layer in layers.items()}
-
-    def draw(part, with_lora):
-        for name, layer in layers.items():
-            layer.scale = full[name] if with_lora else 0.0
-        return sample_trajectories(policy, prompts[part], seeds[part], batch, model.latent_size).images
+    def draw(part):
+        return sample_trajectories(policy, prompts[part], seeds[part], batch, model.latent_size, whole=False).images
 
     images, base = [], []
     with tqdm(total=len(prompts), unit="picture") as bar:
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             if layers:
-                base.extend(draw(part, with_lora=False))
-            for image in draw(part, with_lora=True):
+                with switched_off(layers):
+                    base.extend(draw(part))
+            for image in draw(part):
                 figures.save_png(out / f"{len(images):04d}.png", Image.fromarray(image))
                 images.append(image)
                 bar.update()

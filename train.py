@@ -1,7 +1,8 @@
-"""Train a diffusion model on a reward by DDPO:  python train.py --reward jpeg
+"""Train a diffusion model on a reward, by DDPO or by reward-weighted regression:  python train.py --reward jpeg
 
 The loop of `main` is the algorithm: sample, score, advantage, update, log. Every setting is a flag (--help) and
-explained in ddpo_min/settings.py; everything about files and figures is in ddpo_min/run.py.
+explained in ddpo_min/settings.py; sampling is in ddpo_min/rollout.py, the update in ddpo_min/update.py, files and
+figures in ddpo_min/run.py.
 """
 import time
 
@@ -10,149 +11,146 @@ import torch
 from tqdm import tqdm
 
 from ddpo_min.advantages import PromptStatistics
-from ddpo_min.ddim import ddim_steps, step_weights
+from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
-from ddpo_min.lora import add_lora
-from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
-from ddpo_min.prompts import draw, find_prompts, held_out
-from ddpo_min.rewards import find_reward, score
-from ddpo_min.rollout import Policy, groups, sample_trajectories
-from ddpo_min.run import Run, peak_memory_mb, pick_device, resumed_settings
+from ddpo_min.prompts import draw, evaluation_prompts, find_prompts, held_out
+from ddpo_min.rewards import Scorer, check_rewards, find_reward
+from ddpo_min.rollout import Policy, rescore, sample_trajectories
+from ddpo_min.run import Run, Trainable, peak_memory_mb, pick_device, resumed_settings
 from ddpo_min.settings import describe, parse
+from ddpo_min.update import advantages_of, ddpo_update, rwr_update, weights_of
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
-
-
-def update(policy, parameters, optimizer, trajectories, advantages, settings, rng, progress):
-    """Improve the policy on one epoch's trajectories by settings.updates optimiser steps (times inner epochs).
-
-    The gradient of an optimiser step is the mean over its share of the samples and over their denoising steps.
-    trajectories: N samples; advantages: float32 (N,); rng: numpy Generator; progress: called with samples done.
-    Returns {metric: mean over everything that was trained on}; max_ratio_error is of the first update alone.
-    """
-    share, T = settings.samples // settings.updates, len(policy.steps)
-    count = max(1, round(settings.timestep_fraction * T))
-    emphasis = np.array([1 / w for w in step_weights(policy.steps)] if settings.step_weights == "even" else [1.0] * T)
-    emphasis = emphasis / emphasis.mean()
-    history, grad_norms, max_ratio_error = [], [], None
-    for inner in range(settings.inner_epochs):
-        for first in rng.permutation(np.arange(0, settings.samples, share)):
-            chosen_steps = np.sort(rng.permutation(T)[:count]).tolist()
-            for start, stop in groups(share, share, settings.batch):
-                index = torch.arange(first + start, first + stop, device=trajectories.latents.device)
-                context, empty = trajectories.context(index)
-                advantage = advantages[index]
-                for i in chosen_steps:
-                    x_t, x_prev = trajectories.latents[index, i], trajectories.latents[index, i + 1]
-                    log_p_old = trajectories.log_p_old[index, i]
-                    _, log_p = policy.step(x_t, i, context, empty, x_prev=x_prev)
-                    if settings.algorithm == "ddpo_is":
-                        loss, ratio = ddpo_is_loss(log_p, log_p_old, advantage, settings.clip_range)
-                    else:
-                        loss, ratio = ddpo_sf_loss(log_p, advantage), torch.exp(log_p - log_p_old)
-                    (emphasis[i] * loss * len(index) / (share * count)).backward()
-                    error = (ratio.detach() - 1).abs()
-                    history.append((i, len(index), loss.item(), 0.5 * ((log_p.detach() - log_p_old) ** 2).mean().item(),
-                                    (error > settings.clip_range).float().mean().item(), error.max().item()))
-                progress(len(index))
-            if max_ratio_error is None:     # so far the policy is the one that sampled
-                max_ratio_error = max(error for *_, error in history)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-            if not torch.isfinite(norm):
-                raise InputError("the gradient is no longer finite; start again with a smaller --lr")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            grad_norms.append(norm.item())
-    step, weight, loss, approx_kl, clipped, _ = np.array(history).T
-    by_step = [float(np.average(clipped[step == i], weights=weight[step == i])) if (step == i).any() else None
-               for i in range(T)]
-    return dict(loss=np.average(loss, weights=weight), approx_kl=np.average(approx_kl, weights=weight),
-                clip_fraction=np.average(clipped, weights=weight), grad_norm=np.mean(grad_norms),
-                max_ratio_error=max_ratio_error, clip_fraction_by_step=by_step)
 
 
 def main(arguments=None):
     settings, given = parse(arguments)
     if settings.resume:
-        settings = resumed_settings(settings.resume, given, {k: getattr(settings, k) for k in given & {"epochs", "device"}})
-    prompts, reward = find_prompts(settings.prompts), find_reward(settings.reward)
+        changes = {name: getattr(settings, name) for name in given & {"epochs", "device"}}
+        settings = resumed_settings(settings.resume, given, changes)
+    trained_prompts = find_prompts(settings.prompts)
+    test_prompts = evaluation_prompts(settings.eval_prompts, trained_prompts)
+    test_prompts, test_seeds = held_out(test_prompts, settings.eval_samples)
+    weights_in_sum, names = check_rewards(settings)
+    regression = settings.algorithm.startswith("rwr")
+    few = settings.samples < 4 * len(trained_prompts) and settings.group_size < 4
+    if regression and settings.normalise == "prompt" and few:
+        raise InputError(f"--algorithm {settings.algorithm}: {settings.samples} samples are fewer than 4 for each "
+                         f"of {len(trained_prompts)} prompts, too few to compare; take more --samples, or "
+                         "--normalise round")
     device = pick_device(settings.device)
     run = Run(settings)
     print(describe(settings))
 
     model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
+    scorer = Scorer(weights_in_sum, {name: find_reward(name, settings, model, device) for name in names})
     torch.manual_seed(settings.seed)
-    layers = add_lora(model.unet, settings.rank)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    trained = Trainable(model, settings.trainable, settings.rank)
+    parameters = list(trained.state().values())
     optimizer = torch.optim.AdamW(parameters, settings.lr, (settings.beta1, settings.beta2), settings.adam_eps,
                                   settings.weight_decay)
-    policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance)
+    policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, trained.layers)
+    training_policy = policy
+    if settings.guidance_in_training == "off":
+        training_policy = Policy(model, policy.steps, 1.0, trained.layers)
     statistics = PromptStatistics(settings.prompt_buffer, settings.prompt_minimum)
+    share = settings.samples // settings.updates
 
-    test_prompts, test_seeds = held_out(prompts, settings.eval_samples)
-    shown = np.linspace(0, min(len(prompts), settings.eval_samples) - 1, 10).astype(int)
+    shown = np.linspace(0, min(len(set(test_prompts)), settings.eval_samples) - 1, 10).astype(int)
     shown = sorted(set(shown.tolist()))
 
-    def sample(prompts, seeds, progress=lambda done: None):
-        return sample_trajectories(policy, prompts, seeds, settings.batch, model.latent_size,
-                                   share=settings.samples // settings.updates, progress=progress)
+    def sample(prompts, seeds, finished=None):
+        return sample_trajectories(policy, prompts, seeds, settings.batch, model.latent_size, share=share,
+                                   whole=not regression, finished=finished)
 
-    run.start()
-    print(f"  {model.report}\n  on {device}, to {run.folder}/")
+    def evaluate():
+        images = []
+
+        def keep(group, prompts):
+            images.append(group)
+            scorer.add(group, prompts)
+
+        sample(test_prompts, test_seeds, keep)
+        return np.concatenate(images), *scorer.take()
+
+    print(f"  {model.report}, on {device}")
     if settings.resume:
-        first = run.load(layers, optimizer, statistics)
+        first = run.load(trained, optimizer, statistics)
+        run.start()
     else:
         first = 0
-        images = sample(test_prompts, test_seeds).images
-        run.keep_before(images, score(reward, images, test_prompts))
+        images, rewards, scores = evaluate()
+        run.start()             # only now: a reward that cannot work leaves no folder behind
+        print(f"  {settings.reward} on {settings.eval_samples} held-out seeds: {rewards.mean():.3f}; to {run.folder}/")
+        run.keep_before(images, rewards, scores)
         run.show(0, images[shown])
-        run.save(0, layers, optimizer, statistics)
+        run.save(0, trained, optimizer, statistics)
 
     passes = 1 + settings.inner_epochs
     bar = tqdm(initial=first * settings.samples * passes, total=settings.epochs * settings.samples * passes,
                unit="sample", smoothing=0.05)
+
+    def drawn(images, prompts):         # scoring runs beside the sampling of the next group
+        scorer.add(images, prompts)
+        bar.update(len(images))
+
     finished = first
     try:
         for epoch in range(first, settings.epochs):
             begin = time.time()
-            batch_prompts, seeds = draw(prompts, settings.samples, settings.seed, epoch)
+            prompts, seeds = draw(trained_prompts, settings.samples, settings.seed, epoch, settings.group_size)
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs} sampling")
-            trajectories = sample(batch_prompts, seeds, bar.update)                                         # sample
+            trajectories = sample(prompts, seeds, drawn)                                                    # sample
 
-            rewards = score(reward, trajectories.images, batch_prompts)                                     # score
+            rewards, scores = scorer.take()                                                                 # score
             bar.set_postfix_str(f"reward {rewards.mean():.3f}")
             sampled = time.time()
 
-            advantages = statistics.advantages(batch_prompts, rewards)                                      # advantage
-            advantages = advantages.clip(-settings.advantage_clip, settings.advantage_clip)
-
+            rng = np.random.default_rng([settings.seed, epoch, 1])
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs} training")
-            metrics = update(policy, parameters, optimizer, trajectories,                                   # update
-                             torch.as_tensor(advantages, dtype=torch.float32, device=device), settings,
-                             np.random.default_rng([settings.seed, epoch, 1]), bar.update)
-            trained = time.time()
+            if regression:
+                weights = weights_of(prompts, rewards, settings)                                            # advantage
+                metrics = rwr_update(training_policy, parameters, optimizer, trajectories, weights,         # update
+                                     settings, rng, bar.update)
+            else:
+                advantages = advantages_of(statistics, prompts, rewards, settings)                          # advantage
+                advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
+                if training_policy is not policy:
+                    trajectories.log_p_old = rescore(training_policy, trajectories, settings.batch, share)
+                metrics = ddpo_update(training_policy, parameters, optimizer, trajectories, advantages,     # update
+                                      settings, rng, bar.update)
+            trained_at = time.time()
 
+            if settings.eval_every and (epoch + 1) % settings.eval_every == 0:
+                _, eval_rewards, eval_scores = evaluate()
+                metrics["eval_reward"] = eval_rewards.mean()
+                metrics.update({f"eval_score_{name}": eval_scores[name].mean() for name in names if len(names) > 1})
+            metrics.update({f"score_{name}": scores[name].mean() for name in names if len(names) > 1})
             bar.write(run.log(epoch + 1, dict(                                                              # log
                 reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),
                 reward_max=rewards.max(), **metrics, sampling_images_per_s=settings.samples / (sampled - begin),
-                training_images_per_s=settings.samples * settings.inner_epochs / (trained - sampled),
+                training_images_per_s=settings.samples * settings.inner_epochs / (trained_at - sampled),
                 peak_memory_mb=peak_memory_mb(device))))
-            run.save(epoch + 1, layers, optimizer, statistics)
+            run.save(epoch + 1, trained, optimizer, statistics)
             finished = epoch + 1
             if finished % settings.show_every == 0 and finished < settings.epochs:
                 run.show(finished, sample([test_prompts[i] for i in shown], [test_seeds[i] for i in shown]).images)
     except KeyboardInterrupt:
-        finished = run.load(layers, optimizer, statistics)
+        finished = run.load(trained, optimizer, statistics)
+        scorer.forget()
         bar.write(f"stopped after epoch {finished}; go on with --resume {run.folder} --epochs {settings.epochs}")
+    except InputError as error:
+        finished = run.load(trained, optimizer, statistics)
+        run.save_trained(trained, finished)
+        raise InputError(f"{error}; {finished} finished epochs are saved, go on with --resume {run.folder}")
     finally:
         bar.close()
 
     print("evaluating on the held-out seeds ...")
-    images = sample(test_prompts, test_seeds).images
+    run.save_trained(trained, finished)         # before anything else can fail
+    images, rewards, scores = evaluate()
     run.show(finished, images[shown])
-    before, after = run.finish(layers, test_prompts, images, score(reward, images, test_prompts), shown, finished)
-    print(f"{settings.reward} on {settings.eval_samples} held-out seeds: {before:.3f} before, {after:.3f} after "
-          f"{finished} epochs ({100 * (after - before) / abs(before):+.1f}%), {(time.time() - run.started) / 60:.1f} "
-          f"minutes.\nLook at {run.folder}/before_after.png, samples.png, curve.png; lora.safetensors holds the LoRA.")
+    print(run.finish(trained, test_prompts, images, rewards, scores, shown, finished))
+    print(f"Look at {run.folder}/before_after.png, samples.png, curve.png; {trained.file} has what was learned.")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def gaussian_log_prob(x, mu, sigma):
 
 
 def guide(eps_uncond, eps_cond, guidance):
-    """Classifier-free guidance: eps = eps_u + w (eps_c - eps_u), w = 1 is no guidance    [CFG Eq. 6, w there = w - 1]."""
+    """Classifier-free guidance: eps = eps_u + w (eps_c - eps_u); 1 is none    [CFG Eq. 6, whose w is ours - 1]."""
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 

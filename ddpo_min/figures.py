@@ -52,15 +52,28 @@ def save_curve(path, history, title):
     import matplotlib.pyplot as plt
     epochs = [h["epoch"] for h in history]
     column = lambda name: np.array([h[name] for h in history])     # noqa: E731
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), height_ratios=(2, 1), sharex=True)
+    watched = sorted({name for h in history for name in h if name.startswith("score_")})
+    figure, (top, *middle, bottom) = plt.subplots(2 + len(watched), 1, figsize=(7, 6 + 1.5 * len(watched)), sharex=True,
+                                                  height_ratios=(2, *[1] * (len(watched) + 1)))
     mean, std = column("reward_mean"), column("reward_std")
     top.fill_between(epochs, mean - std, mean + std, alpha=0.2, label="one standard deviation")
     top.plot(epochs, mean, marker="o", markersize=3, label="mean of the epoch's samples")
+    evaluated = [h for h in history if "eval_reward" in h]
+    if evaluated:
+        top.plot([h["epoch"] for h in evaluated], [h["eval_reward"] for h in evaluated], marker="s", linestyle="--",
+                 label="mean on the held-out evaluation")
     top.set(ylabel="reward", title=title)
     top.legend(fontsize=8)
-    bottom.plot(epochs, column("clip_fraction"), label="clip fraction")
-    bottom.set(xlabel="epoch", ylabel="clip fraction", ylim=(0, 1))
-    for axes in (top, bottom):
+    for axes, name in zip(middle, watched):
+        axes.plot(epochs, column(name), marker="o", markersize=3)
+        axes.set(ylabel=name[6:])
+    if "clip_fraction" in history[0]:
+        bottom.plot(epochs, column("clip_fraction"))
+        bottom.set(xlabel="epoch", ylabel="clip fraction", ylim=(0, 1))
+    else:
+        bottom.plot(epochs, column("effective_samples"))
+        bottom.set(xlabel="epoch", ylabel="effective samples")
+    for axes in (top, *middle, bottom):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic(path) as temporary:

@@ -1,5 +1,6 @@
 """Low-rank adaptation: train W + scale * B A instead of W, with A (rank, in) and B (out, rank)    [LoRA Eq. 3]."""
 import json
+from contextlib import contextmanager
 
 import torch
 from safetensors.torch import save_file
@@ -65,6 +66,19 @@ def add_lora(unet, rank=4, alpha=None):
             owner, _, leaf = name.rpartition(".")
             setattr(unet.get_submodule(owner), leaf, layers[name])
     return layers
+
+
+@contextmanager
+def switched_off(layers):
+    """Within the block the layers of add_lora() compute what they did before it: the base model."""
+    scales = [layer.scale for layer in layers.values()]
+    for layer in layers.values():
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers.values(), scales):
+            layer.scale = scale
 
 
 def lora_state(layers):

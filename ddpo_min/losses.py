@@ -1,4 +1,4 @@
-"""The two policy-gradient losses of the paper, for one denoising step of a batch."""
+"""The losses of the paper, each for one batch of (sample, timestep) pairs."""
 import torch
 
 
@@ -20,3 +20,23 @@ def ddpo_is_loss(log_p, log_p_old, advantage, clip_range):
     ratio = torch.exp(log_p - log_p_old)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped).mean(), ratio
+
+
+def rwr_loss(eps_hat, eps, weight):
+    """Reward-weighted regression: the denoising loss on the model's own pictures, each with its weight; the prediction
+    is guided if training is.
+
+    L = mean_b [ w_b mean_d (eps_hat - eps)^2 ]    [paper Sec. 4.2]
+    eps_hat, eps: (B, 4, h, w), predicted and true noise; weight: (B,); returns a scalar.
+    """
+    return (weight * ((eps_hat - eps) ** 2).flatten(1).mean(dim=1)).mean()
+
+
+def step_kl(eps, eps_base, w_t):
+    """How far a denoising step has moved from the base model's: the exact KL of two Gaussians of the same sigma_t.
+
+    KL = mean_d [ (mu - mu_base)^2 / (2 sigma_t^2) ] = w_t^2 mean_d (eps - eps_base)^2 / 2
+    eps, eps_base: (B, 4, h, w); w_t: float, of step_weights(). Averaged over a sample's dimensions, as the
+    log-probability is; returns (B,).
+    """
+    return 0.5 * w_t ** 2 * ((eps - eps_base) ** 2).flatten(1).mean(dim=1)

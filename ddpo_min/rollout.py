@@ -1,32 +1,39 @@
 """Sampling pictures and remembering how: the policy, and the trajectories it leaves behind."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from .ddim import Steps, ddim_step, guide
+from .lora import switched_off
 
 
 @dataclass
 class Policy:
-    """The denoiser as a policy: rollout and training both go through `step`, so their ratio starts at exactly 1."""
+    """The denoiser as a policy: rollout and training both go through `eps`, so their ratio starts at exactly 1."""
     model: object           # StableDiffusion
     steps: Steps
     guidance: float
+    layers: dict = field(default_factory=dict)     # its LoRA, {name: LoRALinear}, if that is what is trained
 
     def eps(self, x_t, t, context, empty):
         """Predicted noise, guided: both halves in one batch; one half if guidance is 1.
 
-        x_t: (B, 4, h, w); t: int, one timestep for all; context, empty: (B, 77, width); returns float32 (B, 4, h, w).
+        x_t: (B, 4, h, w); t: an int for all, or (B,); context, empty: (B, 77, width). Returns float32 like x_t.
         """
         unet = self.model.unet
         dtype = unet.conv_in.weight.dtype
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         if self.guidance == 1:
-            t = torch.full((len(x_t),), t, device=x_t.device)
             return unet(x_t.to(dtype), t, context.to(dtype)).float()
-        t = torch.full((2 * len(x_t),), t, device=x_t.device)
-        both = unet(torch.cat([x_t, x_t]).to(dtype), t, torch.cat([empty, context]).to(dtype)).float()
+        both = unet(torch.cat([x_t, x_t]).to(dtype), torch.cat([t, t]), torch.cat([empty, context]).to(dtype)).float()
         return guide(*both.chunk(2), self.guidance)
+
+    @torch.no_grad()
+    def base_eps(self, x_t, t, context, empty):
+        """What the model predicted before training: the same with its LoRA switched off."""
+        with switched_off(self.layers):
+            return self.eps(x_t, t, context, empty)
 
     def step(self, x_t, i, context, empty, noise=None, x_prev=None):
         """Step i: act (noise given) or score (x_prev given); returns (x_prev, log_prob (B,))."""
@@ -37,11 +44,11 @@ class Policy:
 class Trajectories:
     """What one epoch of sampling leaves: T + 1 latents a sample, stored once; x_t is [:, i], x_prev is [:, i + 1]."""
     prompts: list               # N str
-    latents: torch.Tensor       # (N, T+1, 4, h, w) float32, from pure noise x_T to x_0
+    latents: torch.Tensor       # (N, T+1, 4, h, w) float32, from pure noise x_T to x_0; or x_0 alone, (N, 1, 4, h, w)
     log_p_old: torch.Tensor     # (N, T) float32, under the policy that sampled
     contexts: torch.Tensor      # (P, 77, width): the prompts' embeddings, each once; the last is the empty prompt's
     context_index: torch.Tensor  # (N,): which of them is a sample's
-    images: np.ndarray          # (N, H, W, 3) uint8
+    images: np.ndarray          # (N, H, W, 3) uint8; none of them, N = 0, where only `finished` needed them
 
     def context(self, index):
         """(context, empty), each (B, 77, width), of the samples `index` (B,)."""
@@ -80,11 +87,13 @@ def decode(model, latents, batch):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, progress=lambda done: None):
+def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, whole=True, finished=None):
     """Draw one picture for each prompt and keep the whole way there.
 
     prompts: list of N str; seeds: list of N int; batch, share: see groups(), one share if None; latent_size: side, or
-    (h, w), of the latents; progress: called with the number of samples just finished. Returns Trajectories.
+    (h, w), of the latents; whole: False keeps of the latents only x_0; finished: called with every group of pictures
+    and its prompts as soon as they are drawn, to score them meanwhile, and then the pictures are not kept: a round may
+    be thousands of them. Returns Trajectories.
     """
     model = policy.model
     device = model.unet.conv_in.weight.device
@@ -103,8 +112,23 @@ def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, 
             x_t, log_prob = policy.step(x_t, i, context, empty, noise=noise[:, i + 1])
             path.append(x_t)
             log_p.append(log_prob)
-        latents.append(torch.stack(path, dim=1))
+        latents.append(torch.stack(path if whole else path[-1:], dim=1))
         log_probs.append(torch.stack(log_p, dim=1))
         images.append(decode(model, x_t, batch))
-        progress(stop - start)
-    return Trajectories(list(prompts), torch.cat(latents), torch.cat(log_probs), contexts, which, np.concatenate(images))
+        if finished is not None:
+            finished(images.pop(), prompts[part])
+    return Trajectories(list(prompts), torch.cat(latents), torch.cat(log_probs), contexts, which,
+                        np.concatenate(images or [np.empty((0, 0, 0, 3), np.uint8)]))
+
+
+@torch.no_grad()
+def rescore(policy, trajectories, batch, share=None):
+    """The log-probabilities of trajectories under another policy, in the groups they were drawn in: (N, T)."""
+    count, log_probs = len(trajectories.prompts), []
+    for start, stop in groups(count, share or count, batch):
+        index = torch.arange(start, stop, device=trajectories.latents.device)
+        context, empty = trajectories.context(index)
+        latents = trajectories.latents[index]
+        log_probs.append(torch.stack([policy.step(latents[:, i], i, context, empty, x_prev=latents[:, i + 1])[1]
+                                      for i in range(len(policy.steps))], dim=1))
+    return torch.cat(log_probs)

@@ -1,5 +1,7 @@
 """The folder of a run: settings, metrics, checkpoints and pictures. Nothing of the algorithm is in here."""
 import json
+import os
+import re
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,9 +12,9 @@ from PIL import Image
 
 from . import figures
 from .files import InputError, atomic
-from .lora import lora_state, save_lora
+from .lora import add_lora, lora_state, save_lora
 from .settings import Settings, settings_from
-from .weights import SHIPPED
+from .weights import SHIPPED, save_single_file
 
 
 def pick_device(name):
@@ -57,6 +59,33 @@ def resumed_settings(folder, given, changes):
     return settings_from({**saved, **changes, "out": str(folder), "resume": str(folder)})
 
 
+class Trainable:
+    """What is trained: a LoRA on the UNet's attention, or the whole UNet. The rest of the model stays frozen."""
+
+    def __init__(self, model, kind, rank):
+        """kind: lora or full; changes model.unet."""
+        self.model = model
+        self.layers = add_lora(model.unet, rank) if kind == "lora" else {}
+        if kind == "full":
+            model.unet.requires_grad_(True)
+        self.file = f"{'lora' if kind == 'lora' else 'model'}.safetensors"
+
+    def state(self):
+        """{name: parameter}."""
+        if self.layers:
+            return lora_state(self.layers)
+        return {f"unet.{name}": p for name, p in self.model.unet.named_parameters()}
+
+    def save(self, folder, **story):
+        """Write the LoRA, or the complete model in Stable Diffusion's single-file layout (float32)."""
+        if self.layers:
+            save_lora(folder / self.file, self.layers, **story)
+        else:
+            model = self.model
+            save_single_file(folder / self.file, model.unet, model.vae, model.text_encoder, torch.float32,
+                             model.image_size, **story)
+
+
 class Run:
     """Everything a run writes. Files are replaced atomically; metrics.jsonl gets one line an epoch."""
 
@@ -68,6 +97,11 @@ class Run:
         if settings.out and not settings.resume and self.folder.exists() and any(self.folder.iterdir()):
             go_on = f", or --resume {self.folder}" if (self.folder / "state.pt").exists() else ""
             raise InputError(f"--out {self.folder}: already holds files; choose another{go_on}")
+        there = self.folder or Path("runs")
+        while not there.exists():
+            there = there.absolute().parent
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"--out {self.folder or 'runs'}: {there} is no folder that can be written to")
         self.history = []
         self.started = time.time()
 
@@ -88,41 +122,51 @@ class Run:
         as_plain = {name: value if isinstance(value, list) else float(value) for name, value in metrics.items()}
         self.history.append(dict(epoch=epoch, **as_plain))
         self._write_metrics()
-        return ("epoch {epoch}: reward {reward_mean:.3f} +- {reward_std:.3f} ({reward_min:.3f} to {reward_max:.3f}), "
-                "kl {approx_kl:.1e}, clipped {clip_fraction:.2f}, loss {loss:.1e}, gradient {grad_norm:.3f}, ratio error "
-                "{max_ratio_error:.0e}, {sampling_images_per_s:.0f} and {training_images_per_s:.0f} images/s, "
-                "{peak_memory_mb:.0f} MB").format(**self.history[-1])
+        now = self.history[-1]
+        line = "epoch {epoch}: reward {reward_mean:.3f} +- {reward_std:.3f} ({reward_min:.3f} to {reward_max:.3f})"
+        for name, shown in (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"),
+                            ("clip_fraction", "clipped {:.2f}"), ("effective_samples", "worth {:.0f} samples"),
+                            ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
+                            ("max_ratio_error", "ratio error {:.0e}"), ("eval_reward", "evaluation {:.3f}")):
+            line += ", " + shown.format(now[name]) if name in now else ""
+        line += "".join(f", {name[6:]} {value:.3f}" for name, value in now.items() if name.startswith("score_"))
+        return (line + ", {sampling_images_per_s:.1f} and {training_images_per_s:.1f} images/s, "
+                "{peak_memory_mb:.0f} MB").format(**now)
 
     def _write_metrics(self):
         with atomic(self.folder / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
-    def save(self, epoch, layers, optimizer, statistics):
+    def save(self, epoch, trained, optimizer, statistics):
         """A checkpoint after `epoch` finished epochs; prompts, seeds and shuffles are functions of (seed, epoch)."""
-        state = dict(epoch=epoch, lora={k: v.detach().cpu() for k, v in lora_state(layers).items()},
+        state = dict(epoch=epoch, trained={k: v.detach().cpu() for k, v in trained.state().items()},
                      optimizer=optimizer.state_dict(), statistics=statistics.state(), history=self.history,
                      random=torch.get_rng_state())
         with atomic(self.folder / "state.pt") as temporary:
             torch.save(state, temporary)
-        self._save_lora(layers, epoch)
+        if trained.layers:      # a complete model is written at the end only: state.pt has it already
+            self.save_trained(trained, epoch)
 
-    def _save_lora(self, layers, epoch, **story):
+    def save_trained(self, trained, epoch, **story):
+        """Write the LoRA, or the complete model, with its story."""
         s = self.settings
-        save_lora(self.folder / "lora.safetensors", layers, reward=s.reward, epochs=epoch, steps=s.steps,
-                  guidance=s.guidance, base=Path(s.weights).name or SHIPPED.name, **story)
+        trained.save(self.folder, reward=s.reward, epochs=epoch, steps=s.steps, guidance=s.guidance,
+                     base=Path(s.weights).name or SHIPPED.name, **story)
 
-    def load(self, layers, optimizer, statistics):
+    def load(self, trained, optimizer, statistics):
         """Go on from the last checkpoint; returns how many epochs are finished. Raises InputError if it is damaged."""
         path = self.folder / "state.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"{path}: cannot be read ({type(error).__name__}); the run cannot be resumed")
-        own = lora_state(layers)
-        if own.keys() != state["lora"].keys():
-            raise InputError(f"{path}: its LoRA does not fit the model; resume with the weights the run was started with")
+        if "trained" not in state:
+            raise InputError(f"{path}: written by another version; start a new run")
+        own = trained.state()
+        if own.keys() != state["trained"].keys():
+            raise InputError(f"{path}: it does not fit the model; resume with the weights the run was started with")
         for name, tensor in own.items():
-            tensor.data.copy_(state["lora"][name])
+            tensor.data.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
         statistics.load_state(state["statistics"])
         torch.set_rng_state(state["random"])
@@ -130,15 +174,19 @@ class Run:
         self._write_metrics()       # an epoch that was logged but not saved is dropped
         return state["epoch"]
 
-    def keep_before(self, images, rewards):
-        """The evaluation before training, kept for the comparison after it, also across a resume."""
+    def keep_before(self, images, rewards, scores):
+        """The evaluation before training, kept for the comparison after it, also across a resume.
+
+        scores: {name: (N,)}, the parts of a sum and the watched rewards.
+        """
         with atomic(self.folder / "before.npz") as temporary:
-            np.savez_compressed(temporary, images=images, rewards=rewards)
+            np.savez_compressed(temporary, images=images, rewards=rewards, names=np.array(list(scores)),
+                                scores=np.array(list(scores.values())))
 
     def before(self):
-        """(images, rewards) of keep_before()."""
+        """(images, rewards, scores) of keep_before()."""
         with np.load(self.folder / "before.npz", allow_pickle=False) as kept:
-            return kept["images"], kept["rewards"]
+            return kept["images"], kept["rewards"], dict(zip(kept["names"].tolist(), kept["scores"]))
 
     def show(self, epoch, images):
         """Add a row to samples.png: the same prompts and seeds after `epoch` epochs."""
@@ -149,25 +197,29 @@ class Run:
         labels = [f"epoch {int(path.stem[6:])}" for path in paths]
         figures.save_png(self.folder / "samples.png", figures.grid(rows, labels=labels))
 
-    def finish(self, layers, prompts, images, rewards, chosen, epochs):
-        """The LoRA with its story, the curve, and the comparison on held-out seeds; returns (before, after) means."""
-        images_before, rewards_before = self.before()
+    def finish(self, trained, prompts, images, rewards, scores, chosen, epochs):
+        """What was trained, the curve and the comparison on held-out seeds; returns a line that says what changed."""
+        images_before, rewards_before, scores_before = self.before()
         before, after = rewards_before.mean(), rewards.mean()
-        self._save_lora(layers, epochs, reward_before=before, reward_after=after)
+        parts = {name: [scores_before[name].mean(), scores[name].mean()] for name in scores if len(scores) > 1}
+        self.save_trained(trained, epochs, reward_before=before, reward_after=after)
         self._write_json("result.json", dict(epochs=epochs, samples=len(rewards), reward_before=before,
                                              reward_after=after, reward_std_before=rewards_before.std(),
-                                             reward_std_after=rewards.std()))
+                                             reward_std_after=rewards.std(), scores=parts))
         if self.history:
             figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         captions = [[f"{prompts[i]}: {r[i]:.2f}" for i in chosen] for r in (rewards_before, rewards)]
         sheet = figures.grid([images_before[chosen], images[chosen]], captions, labels=["before", "after"])
         figures.save_png(self.folder / "before_after.png", sheet)
-        return before, after
+        change = f" ({100 * (after - before) / abs(before):+.1f}%)" if before else ""
+        line = (f"{self.settings.reward} on {len(rewards)} held-out seeds: {before:.3f} before, {after:.3f} after "
+                f"{epochs} epochs{change}, {(time.time() - self.started) / 60:.1f} minutes.")
+        return line + "".join(f"\n  {name}: {a:.3f} before, {b:.3f} after" for name, (a, b) in parts.items())
 
 
 def _new_folder(reward):
     """Make runs/REWARD, or runs/REWARD-2, -3, ... if taken, also by a run that starts at the same moment."""
-    n = 1
+    n, reward = 1, re.sub(r"[^\w.+-]+", "_", reward.replace(",", "+"))
     while True:
         path = Path("runs") / (reward if n == 1 else f"{reward}-{n}")
         try:

@@ -81,8 +81,23 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
     return StableDiffusion(*networks, image_size=int(unseen["image_size"]), report=f"{path.name}: " + "; ".join(lines))
 
 
-def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512):
-    """Write the three networks as one safetensors file in the original layout, with what shapes do not tell."""
+def is_small(path):
+    """Whether a model is of the shipped one's kind, not of Stable Diffusion's size: trained on under 256 pixels a side.
+
+    path: a model; empty is the shipped one. Only the head of a single file is read; what cannot be is taken for large.
+    """
+    try:
+        with safe_open(path or SHIPPED, framework="pt") as file:
+            return int((file.metadata() or {}).get("image_size", UNSEEN["image_size"])) < 256
+    except Exception:       # a folder, or no model at all: the loader will say so
+        return False
+
+
+def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, **story):
+    """Write the three networks as one safetensors file in the original layout, with what shapes do not tell.
+
+    story: whatever else its metadata should say, under the name ddpo_min.
+    """
     state = {}
     inverse = {b: a for a, b in layout.unet_prefixes(unet.config.attention, unet.config.layers).items()}
     for name, tensor in unet.state_dict().items():
@@ -97,6 +112,8 @@ def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_s
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     metadata = dict(unet_heads=unet.config.heads, unet_groups=unet.config.groups, vae_groups=vae.config.groups,
                     latent_scale=vae.config.latent_scale, text_heads=text_encoder.config.heads, image_size=image_size)
+    if story:
+        metadata["ddpo_min"] = json.dumps(story)
     with atomic(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", **{k: str(v) for k, v in metadata.items()}})
 

@@ -161,7 +161,7 @@ def test_an_unknown_reward_is_refused():
 @pytest.mark.parametrize("returned", [[1.0, float("nan"), 2.0], [1.0, 2.0, -np.inf]])
 def test_a_reward_that_is_no_number_is_refused_with_its_prompt(returned):
     bad = int(np.flatnonzero(~np.isfinite(returned))[0])
-    with pytest.raises(InputError, match=f"image {bad} .'p{bad}'"):
+    with pytest.raises(InputError, match=f"round: {bad} .'p{bad}'"):
         score(lambda images, prompts: returned, pictures(), ["p0", "p1", "p2"])
 
 

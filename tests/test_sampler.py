@@ -231,13 +231,14 @@ def test_a_sample_does_not_depend_on_the_batch_size_or_on_its_place(model, guida
     assert np.array_equal(whole.images, decode(model, whole.latents[:, -1], 5))
     for batch, share, order in ((1, None, [0, 1, 2, 3, 4]), (2, 3, [0, 1, 2, 3, 4]), (2, None, [4, 2, 0, 3, 1]),
                                 (5, None, [3, 4, 1, 0, 2])):
-        prompts, seeds, done = [PROMPTS[i] for i in order], [SEEDS[i] for i in order], []
-        part = sample_trajectories(policy, prompts, seeds, batch, 8, share, done.append)
-        assert sum(done) == 5 and part.prompts == prompts
+        prompts, seeds, images, asked = [PROMPTS[i] for i in order], [SEEDS[i] for i in order], [], []
+        part = sample_trajectories(policy, prompts, seeds, batch, 8, share,
+                                   finished=lambda group, theirs: (images.extend(group), asked.extend(theirs)))
+        assert asked == part.prompts == prompts and len(part.images) == 0
         assert torch.equal(part.latents[:, 0], whole.latents[order, 0])
         torch.testing.assert_close(part.latents, whole.latents[order], rtol=0, atol=5e-5)
         torch.testing.assert_close(part.log_p_old, whole.log_p_old[order], rtol=0, atol=5e-5)
-        assert np.abs(part.images.astype(int) - whole.images[order]).max() <= 1
+        assert np.abs(np.stack(images).astype(int) - whole.images[order]).max() <= 1
     other = sample_trajectories(policy, PROMPTS[1:] + PROMPTS[:1], SEEDS, 5, 8).latents[:, -1] - whole.latents[:, -1]
     changed = other.flatten(1).abs().amax(dim=1)        # every picture gets another prompt
     assert (changed > 1e-3).all()

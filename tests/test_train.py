@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import sample
 import train
 from conftest import ROOT
-from ddpo_min import rewards
+from ddpo_min import rewards, update
 from ddpo_min.ddim import ddim_steps, step_weights
 from ddpo_min.files import InputError, atomic
 from ddpo_min.lora import add_lora
@@ -65,7 +65,7 @@ def test_ctrl_c_saves_everything_and_the_run_can_go_on(finished, tiny_file, tmp_
 
     def interrupted(images, prompts):
         calls.append(1)
-        if len(calls) == 4:         # one for the evaluation before, then one an epoch: this is the third epoch's
+        if len(calls) == 7:         # two groups for the evaluation before, two an epoch: this is the third epoch's
             raise KeyboardInterrupt
         return rewards.jpeg(images, prompts)
 
@@ -116,7 +116,7 @@ def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, alg
         objective = objective + v * (advantages * log_p).sum() / (8 * 3)
     expected = torch.autograd.grad(objective, parameters)
     before = [p.detach().clone() for p in parameters]
-    train.update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, advantages, settings,
+    update.ddpo_update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, advantages, settings,
                  np.random.default_rng(0), lambda done: None)
     largest = max(g.abs().max() for g in expected)
     assert largest > 1e-4
@@ -131,9 +131,9 @@ def test_timestep_fraction_trains_on_that_share_of_the_steps(tiny_file):
     policy = Policy(model, ddim_steps(4), 1.0)
     settings = settings_from(dict(samples=4, updates=2, steps=4, timestep_fraction=0.5))
     trajectories = sample_trajectories(policy, *draw(["a cat"], 4, 0, 0), 2, model.latent_size)
-    scored, step = [], policy.step
-    policy.step = lambda x_t, i, *rest, **named: (scored.append(int(i)), step(x_t, i, *rest, **named))[1]
-    train.update(policy, parameters, torch.optim.AdamW(parameters), trajectories, torch.ones(4), settings,
+    scored, eps = [], policy.eps
+    policy.eps = lambda x_t, t, *rest: (scored.append(int(t)), eps(x_t, t, *rest))[1]
+    update.ddpo_update(policy, parameters, torch.optim.AdamW(parameters), trajectories, torch.ones(4), settings,
                  np.random.default_rng(0), lambda done: None)
     assert len(scored) == 4 and len(set(scored[:2])) == 2 and len(set(scored[2:])) == 2
 
@@ -213,7 +213,7 @@ def test_a_bad_reward_ends_the_run_with_the_finished_epochs_saved(tiny_file, tmp
 
     def breaks(images, prompts):
         calls.append(1)
-        return np.full(len(images), np.nan if len(calls) == 3 else 1.0) + np.arange(len(images))
+        return np.full(len(images), np.nan if len(calls) == 5 else 1.0) + np.arange(len(images))
 
     monkeypatch.setitem(rewards.REWARDS, "jpeg", breaks)
     with pytest.raises(InputError, match="nan"):
@@ -249,7 +249,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 def test_every_setting_is_explained_and_every_preset_is_valid():
     assert set(_help_texts()) == {field.name for field in fields(Settings)}
     for preset in PRESETS:
-        assert settings_from({"preset": preset}).preset == preset
+        assert settings_from({"preset": preset, "weights": "x.safetensors"}).preset == preset
     settings, given = parse(["--clip-range", "1e-4", "--epochs", "3"])
     assert (settings.clip_range, settings.epochs, given) == (1e-4, 3, {"clip_range", "epochs"})
     assert settings_from({"weights": "x.safetensors"}).preset == "sd_lora"

@@ -1,0 +1,196 @@
+"""Rewards that look with a CLIP: the aesthetic score and the likeness of picture and prompt.
+
+Beside real Stable Diffusion they use the real networks; beside the shipped model their small twins in weights/.
+"""
+import hashlib
+import http.client
+import json
+import urllib.request
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from .files import InputError, atomic
+from .rewards import find_own, first_line
+from .text import tokenize
+from .weights import SHIPPED, is_small
+
+# The LAION aesthetic predictor on OpenAI's CLIP ViT-L/14, whose weights need the "quickgelu" variant
+LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+LAION_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+OPENAI_CLIP = "ViT-L-14-quickgelu"
+SMALL = "small"         # the CLIP of weights/
+
+
+def which_clip(settings):
+    """The CLIP in use: --clip-model, else the small one for a model of the shipped one's kind, OpenAI's for others."""
+    return settings.clip_model or (SMALL if is_small(settings.weights) else OPENAI_CLIP)
+
+
+def head_path(settings):
+    """The file of the aesthetic head in use. Raises InputError if it is LAION's and cannot be fetched."""
+    small = which_clip(settings) == SMALL
+    return Path(settings.aesthetic_head or (SHIPPED.parent / "aesthetic.safetensors" if small else laion_head_path()))
+
+
+def check(settings, names):
+    """Refuse what the rewards of these names could not work with, before anything slow starts. Raises InputError."""
+    name = which_clip(settings)
+    if {"aesthetic", "clip"} & set(names) and name != SMALL:
+        import open_clip
+        if name not in open_clip.list_models():
+            raise InputError(f"--clip-model {name}: unknown to open_clip; open_clip.list_models() shows all")
+    if "aesthetic" in names:
+        path = head_path(settings)
+        head = load_head(path)
+        width = (json.loads((SHIPPED.parent / "clip_config.json").read_text()) if name == SMALL
+                 else open_clip.get_model_config(name))["embed_dim"]
+        if head.layers[0].in_features != width:
+            raise InputError(f"--aesthetic-head {path}: made for embeddings of {head.layers[0].in_features} numbers, "
+                             f"but the CLIP {name} gives {width}")
+    if "vlm" in names:
+        if not settings.vlm_model:
+            raise InputError("--reward vlm: needs --vlm-model, the name under which the server at --vlm-url knows it")
+        if not settings.vlm_url.startswith(("http://", "https://")):
+            raise InputError(f"--vlm-url {settings.vlm_url}: expected http:// or https://")
+        if "{prompt}" not in settings.vlm_reference:
+            raise InputError(f"--vlm-reference {settings.vlm_reference!r}: expected {{prompt}} in it")
+        if settings.vlm_encoder:
+            find_own(settings.vlm_encoder, "--vlm-encoder")
+
+
+class ClipEye:
+    """A CLIP that embeds pictures and texts, normalised; frozen."""
+
+    def __init__(self, name, weights, device):
+        """name: SMALL, or an open_clip model; weights: a file, or a tag for open_clip to fetch. Raises InputError."""
+        self.name, self.device = name, device
+        if name == SMALL:
+            from open_clip.model import CLIP
+            folder = SHIPPED.parent
+            self.model = CLIP(**json.loads((folder / "clip_config.json").read_text()))
+            try:
+                state = load_file(weights or folder / "clip.safetensors")
+                self.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+            except Exception as error:
+                raise InputError(f"--clip-weights {weights}: not the weights of the small CLIP ({first_line(error)}); "
+                                 "for others name their --clip-model, too")
+            self.prepare = lambda image: torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+            self.tokenize = tokenize
+        else:
+            import open_clip
+            try:
+                # OpenAI's weights were trained with quickgelu, whatever the name of the model says
+                self.model, _, prepare = open_clip.create_model_and_transforms(
+                    name, pretrained=weights or "openai", force_quick_gelu=(weights or "openai") == "openai")
+            except Exception as error:
+                raise InputError(f"--clip-model {name}: open_clip could not make it with weights {weights or 'openai'} "
+                                 f"({first_line(error)}); give another file or tag with --clip-weights")
+            self.prepare = lambda image: prepare(Image.fromarray(image))
+            self.tokenize = open_clip.get_tokenizer(name)
+        self.model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def images(self, images):
+        """uint8 (B, H, W, 3) -> (B, width), of length 1."""
+        x = torch.stack([self.prepare(image) for image in images]).to(self.device)
+        return F.normalize(self.model.encode_image(x).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts):
+        """List of B str -> (B, width), of length 1."""
+        return F.normalize(self.model.encode_text(self.tokenize(texts).to(self.device)).float(), dim=-1)
+
+
+class AestheticHead(nn.Module):
+    """Linear layers one after another, no activation between them: the LAION predictor with its dropout left out.
+
+    score = W_n (... (W_1 z + b_1) ...) + b_n,  z the normalised CLIP embedding of the picture
+    """
+
+    def __init__(self, layers):
+        """layers: list of (weight (out, in), bias (out,))."""
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(weight.shape[1], weight.shape[0]) for weight, _ in layers)
+        for layer, (weight, bias) in zip(self.layers, layers):
+            layer.weight.data, layer.bias.data = weight.float(), bias.float()
+
+    def forward(self, z):
+        """z: (B, width), of length 1; returns (B,)."""
+        for layer in self.layers:
+            z = layer(z)
+        return z[:, 0]
+
+
+def load_head(path):
+    """An AestheticHead from a file: the LAION .pth (read with weights_only) or a .safetensors of the same names.
+
+    Raises InputError if it is neither, or if its shapes do not follow on each other down to one number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--aesthetic-head {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        numbers = sorted({int(name.split(".")[1]) for name in state})
+        layers = [(state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers]
+        widths = [tuple(weight.shape) for weight, _ in layers]
+        flat = all(len(w.shape) == 2 and b.shape == w.shape[:1] for w, b in layers)
+    except Exception as error:
+        raise InputError(f"--aesthetic-head {path}: not a head with tensors layers.N.weight and layers.N.bias "
+                         f"({type(error).__name__}); expected {LAION_HEAD} or one of its kind")
+    if not layers or not flat or widths[-1][0] != 1 or any(a[0] != b[1] for a, b in zip(widths, widths[1:])):
+        raise InputError(f"--aesthetic-head {path}: its layers {widths} do not lead to one number")
+    return AestheticHead(layers)
+
+
+def laion_head_path():
+    """Where the LAION head is kept; fetched once, its checksum verified. Raises InputError without a network."""
+    path = Path.home() / ".cache" / "ddpo_min" / LAION_HEAD
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(LAION_URL, timeout=60) as answer:
+                content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise InputError(f"the aesthetic head could not be fetched ({error}); download {LAION_URL} and give it "
+                             "with --aesthetic-head")
+        found = hashlib.sha256(content).hexdigest()
+        if found != LAION_SHA256:
+            raise InputError(f"{LAION_URL}: its sha256 is {found}, expected {LAION_SHA256}; nothing was kept")
+        try:
+            with atomic(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error}); download {LAION_URL} and give it with "
+                             "--aesthetic-head")
+    return path
+
+
+def aesthetic(settings, model, device):
+    """The reward "aesthetic": the head's score of the picture's embedding, about 1 to 10; the prompt plays no part."""
+    path = head_path(settings)
+    head, eye = load_head(path).to(device).eval(), ClipEye(which_clip(settings), settings.clip_weights, device)
+    print(f"  reward aesthetic: {path.name} on the CLIP {eye.name}")
+
+    @torch.no_grad()
+    def reward(images, prompts):
+        return head(eye.images(images)).cpu().numpy()
+    return reward
+
+
+def clip(settings, model, device):
+    """The reward "clip": cosine similarity of picture and prompt, -1 to 1."""
+    eye = ClipEye(which_clip(settings), settings.clip_weights, device)
+    print(f"  reward clip: cosine similarity by the CLIP {eye.name}")
+
+    def reward(images, prompts):
+        return (eye.images(images) * eye.texts(prompts)).sum(1).cpu().numpy()
+    return reward
