@@ -18,7 +18,7 @@ from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import Policy, sample_trajectories
 from ddpo_min.run import pick_device
 from ddpo_min.settings import OneLineParser
-from ddpo_min.weights import SHIPPED, load_stable_diffusion
+from ddpo_min.weights import SD_SIZE, SHIPPED, load_stable_diffusion
 
 COLUMNS = 10    # pictures in a row of the grid, at most
 
@@ -66,7 +66,7 @@ def main(arguments=None):
     model = load_stable_diffusion(args.weights, device, getattr(torch, args.dtype))
     print(model.report)
     layers = load_lora(args.lora, model.unet, args.scale) if args.lora else {}
-    steps, guidance, batch = (given if given is not None else (small if model.image_size < 256 else real)
+    steps, guidance, batch = (given if given is not None else (small if model.image_size < SD_SIZE else real)
                               for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
                                                          (args.batch, 32, 1)))
     policy = Policy(model, ddim_steps(steps), guidance)

@@ -31,9 +31,8 @@ def main(arguments=None):
     test_prompts = evaluation_prompts(settings.eval_prompts, trained_prompts)
     test_prompts, test_seeds = held_out(test_prompts, settings.eval_samples)
     weights_in_sum, names = check_rewards(settings)
-    regression = settings.algorithm.startswith("rwr")
     few = settings.samples < 4 * len(trained_prompts) and settings.group_size < 4
-    if regression and settings.normalise == "prompt" and few:
+    if settings.regression and settings.normalise == "prompt" and few:
         raise InputError(f"--algorithm {settings.algorithm}: {settings.samples} samples are fewer than 4 for each "
                          f"of {len(trained_prompts)} prompts, too few to compare; take more --samples, or "
                          "--normalise round")
@@ -60,7 +59,7 @@ def main(arguments=None):
 
     def sample(prompts, seeds, finished=None):
         return sample_trajectories(policy, prompts, seeds, settings.batch, model.latent_size, share=share,
-                                   whole=not regression, finished=finished)
+                                   whole=not settings.regression, finished=finished)
 
     def evaluate():
         images = []
@@ -107,7 +106,7 @@ def main(arguments=None):
 
             rng = np.random.default_rng([settings.seed, epoch, 1])
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs} training")
-            if regression:
+            if settings.regression:
                 weights = weights_of(prompts, rewards, settings)                                            # advantage
                 metrics = rwr_update(training_policy, parameters, optimizer, trajectories, weights,         # update
                                      settings, rng, bar.update)

@@ -66,7 +66,7 @@ def save_curve(path, history, title):
     top.legend(fontsize=8)
     for axes, name in zip(middle, watched):
         axes.plot(epochs, column(name), marker="o", markersize=3)
-        axes.set(ylabel=name[6:])
+        axes.set(ylabel=name.removeprefix("score_"))
     if "clip_fraction" in history[0]:
         bottom.plot(epochs, column("clip_fraction"))
         bottom.set(xlabel="epoch", ylabel="clip fraction", ylim=(0, 1))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .files import InputError, atomic
-from .rewards import find_own, first_line
+from .rewards import first_line
 from .text import tokenize
 from .weights import SHIPPED, is_small
 
@@ -53,15 +53,6 @@ def check(settings, names):
         if head.layers[0].in_features != width:
             raise InputError(f"--aesthetic-head {path}: made for embeddings of {head.layers[0].in_features} numbers, "
                              f"but the CLIP {name} gives {width}")
-    if "vlm" in names:
-        if not settings.vlm_model:
-            raise InputError("--reward vlm: needs --vlm-model, the name under which the server at --vlm-url knows it")
-        if not settings.vlm_url.startswith(("http://", "https://")):
-            raise InputError(f"--vlm-url {settings.vlm_url}: expected http:// or https://")
-        if "{prompt}" not in settings.vlm_reference:
-            raise InputError(f"--vlm-reference {settings.vlm_reference!r}: expected {{prompt}} in it")
-        if settings.vlm_encoder:
-            find_own(settings.vlm_encoder, "--vlm-encoder")
 
 
 class ClipEye:

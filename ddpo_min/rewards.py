@@ -101,8 +101,10 @@ def check_rewards(settings):
         raise InputError(f"--watch {settings.watch}: weights have no meaning there; expected NAME,NAME")
     names = list(dict.fromkeys([*weights, *watched]))
     if set(names) & set(JUDGED):
-        from . import judges
+        from . import judges, vlm
         judges.check(settings, names)
+        if "vlm" in names:
+            vlm.check(settings)
     return weights, names
 
 

@@ -77,6 +77,11 @@ class Settings:
     vlm_timeout: float = 60.0       # seconds to wait for an answer
     vlm_retries: int = 4            # tries more, after 1, 2, 4, ... seconds
 
+    @property
+    def regression(self):
+        """Whether the algorithm is weighted denoising (rwr, rwr_sparse) and not a policy gradient."""
+        return self.algorithm.startswith("rwr")
+
 
 # The public LoRA configuration for Stable Diffusion 1.x, and the paper's appendix table for the whole UNet
 SD_LORA = dict(samples=256, steps=50, guidance=5.0, epochs=100, updates=4, batch=4, clip_range=1e-4, lr=3e-4,
@@ -141,10 +146,11 @@ def parse(arguments=None):
     parser = OneLineParser(prog="train.py", allow_abbrev=False,
                             description="Train a text-to-image diffusion model on a reward, by DDPO. In brackets: the "
                                         "paper's value for Stable Diffusion.")
+    texts = _help_texts()
     for field in fields(Settings):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
                             metavar=field.type.__name__.upper(),
-                            help=f"{_help_texts()[field.name]} (default: {field.default!r})")
+                            help=f"{texts[field.name]} (default: {field.default!r})")
     given = vars(parser.parse_args(arguments))
     if given.get("preset") == "list":
         print(list_presets())
@@ -162,15 +168,16 @@ def settings_from(given):
         preset = f"laptop_{algorithm}" if f"laptop_{algorithm}" in PRESETS else "laptop"
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; expected list, or one of {', '.join(PRESETS)}")
-    if not weights and not preset.startswith("laptop"):
+    laptop = preset.startswith("laptop")
+    if not weights and not laptop:
         raise InputError(f"--preset {preset}: made for Stable Diffusion's size; give such a file with --weights")
     values = dict(PRESETS[preset])
-    if preset.startswith("laptop"):
+    if laptop:
         values.update(LAPTOP_REWARDS.get(given.get("reward"), {}))
     if "algorithm" in given and given["algorithm"] != values.get("algorithm", "ddpo_is"):
         values.update(ALGORITHMS.get(given["algorithm"], {}))
     if given.get("trainable") == "full" and values.get("trainable") != "full":
-        values.update(lr=FULL_LR["laptop" if preset.startswith("laptop") else "sd"], dtype="float32")
+        values.update(lr=FULL_LR["laptop" if laptop else "sd"], dtype="float32")
     if given.get("trainable") == "lora" and values.get("trainable") == "full":
         values.update(lr=SD_LORA["lr"])
     settings = replace(Settings(), **{**values, **given, "preset": preset})
@@ -218,16 +225,16 @@ def check(s):
     last = s.last_step or s.steps
     if not s.first_step <= last <= s.steps:
         raise InputError(f"--first-step {s.first_step} --last-step {s.last_step}: no window of the {s.steps} steps")
-    if s.algorithm.startswith("rwr") and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
+    if s.regression and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
         raise InputError("--first-step, --last-step, --timestep-fraction: choose among denoising steps, which the ddpo "
                          f"algorithms train on and {s.algorithm} does not")
     if s.samples % s.group_size or s.samples // s.updates % s.group_size:
         raise InputError(f"--group-size {s.group_size}: {s.samples // s.updates} samples an update are no whole groups")
-    if s.normalise == "group" and (s.group_size < 2 or s.algorithm.startswith("rwr")):
+    if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
     if s.trainable == "full" and s.dtype != "float32":
         raise InputError(f"--trainable full --dtype {s.dtype}: the trained weights must be float32")
-    if s.kl_weight and (s.trainable == "full" or s.algorithm.startswith("rwr")):
+    if s.kl_weight and (s.trainable == "full" or s.regression):
         raise InputError("--kl-weight: needs --trainable lora, whose base model is there with the LoRA switched off, "
                          "and a ddpo algorithm")
     if s.algorithm == "ddpo_sf" and s.updates * s.inner_epochs > 1:

@@ -21,6 +21,18 @@ from .text import tokenize
 END = 49407     # CLIP's mark behind a text, and Stable Diffusion's padding
 
 
+def check(settings):
+    """Refuse settings that the reward "vlm" could not work with. Raises InputError."""
+    if not settings.vlm_model:
+        raise InputError("--reward vlm: needs --vlm-model, the name under which the server at --vlm-url knows it")
+    if not settings.vlm_url.startswith(("http://", "https://")):
+        raise InputError(f"--vlm-url {settings.vlm_url}: expected http:// or https://")
+    if "{prompt}" not in settings.vlm_reference:
+        raise InputError(f"--vlm-reference {settings.vlm_reference!r}: expected {{prompt}} in it")
+    if settings.vlm_encoder:
+        find_own(settings.vlm_encoder, "--vlm-encoder")
+
+
 def bertscore_recall(reference, candidate, weights=None):
     """How much of the reference is found in the candidate: every reference token's best match, averaged.
 

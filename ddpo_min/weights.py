@@ -21,6 +21,8 @@ from .vae import VAE, VAEConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "emoji.safetensors"
 
+SD_SIZE = 256       # from so many pixels a side on a model is of Stable Diffusion's kind, below of the shipped one's
+
 # What shapes do not tell, as it is in Stable Diffusion 1.x. A single file's metadata overrides it under the same names
 # (the shipped model does so), a diffusers folder's config.json files under diffusers' names.
 UNSEEN = dict(unet_heads=8, unet_groups=32, vae_groups=32, latent_scale=0.18215, text_heads=12, image_size=512)
@@ -82,13 +84,13 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
 
 
 def is_small(path):
-    """Whether a model is of the shipped one's kind, not of Stable Diffusion's size: trained on under 256 pixels a side.
+    """Whether a model is of the shipped one's kind, not of Stable Diffusion's: trained on under SD_SIZE pixels a side.
 
     path: a model; empty is the shipped one. Only the head of a single file is read; what cannot be is taken for large.
     """
     try:
         with safe_open(path or SHIPPED, framework="pt") as file:
-            return int((file.metadata() or {}).get("image_size", UNSEEN["image_size"])) < 256
+            return int((file.metadata() or {}).get("image_size", UNSEEN["image_size"])) < SD_SIZE
     except Exception:       # a folder, or no model at all: the loader will say so
         return False
 

@@ -32,6 +32,21 @@ def tiny_file(tmp_path_factory):
     return path
 
 
+def random_lora_policy(path, guidance, steps):
+    """(a policy whose LoRA has random values, its parameters): for updates against gradients written by hand."""
+    from ddpo_min.ddim import ddim_steps
+    from ddpo_min.lora import add_lora
+    from ddpo_min.rollout import Policy
+    from ddpo_min.weights import load_stable_diffusion
+    model = load_stable_diffusion(path)
+    torch.manual_seed(0)
+    layers = add_lora(model.unet, 2)
+    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.1)
+    return Policy(model, ddim_steps(steps), guidance, layers), parameters
+
+
 def randomise(network, seed=0):
     """Every parameter to a random value, norms included, so that none can be left out unnoticed; float64, frozen."""
     torch.manual_seed(seed)

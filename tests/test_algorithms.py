@@ -7,11 +7,12 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import train
+from conftest import random_lora_policy
 from ddpo_min import judges, update
 from ddpo_min.advantages import (effective_samples, group_advantages, round_advantages, rwr_sparse_weights, rwr_weights)
 from ddpo_min.ddim import ddim_mean, ddim_steps, step_weights
 from ddpo_min.files import InputError
-from ddpo_min.lora import add_lora, switched_off
+from ddpo_min.lora import switched_off
 from ddpo_min.losses import rwr_loss, step_kl
 from ddpo_min.prompts import draw
 from ddpo_min.rollout import Policy, rescore, sample_trajectories
@@ -80,15 +81,9 @@ def test_the_step_kl_is_that_of_the_two_normals():
 # Updates, against gradients written by hand
 
 def small(tiny_file, guidance=2.0, steps=3, count=8):
-    model = load_stable_diffusion(tiny_file)
-    torch.manual_seed(0)
-    layers = add_lora(model.unet, 2)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.1)
-    policy = Policy(model, ddim_steps(steps), guidance, layers)
+    policy, parameters = random_lora_policy(tiny_file, guidance, steps)
     prompts, seeds = draw(["a cat", "a dog"], count, 0, 0)
-    return policy, parameters, sample_trajectories(policy, prompts, seeds, 4, model.latent_size)
+    return policy, parameters, sample_trajectories(policy, prompts, seeds, 4, policy.model.latent_size)
 
 
 def change_of(parameters, step):
@@ -235,7 +230,8 @@ def test_groups_guidance_off_watching_and_evaluation_in_one_run(tiny_file, tmp_p
     (["--kl-weight", "0.1", "--algorithm", "rwr"], "--kl-weight"), (["--last-step", "9"], "window"),
     (["--eval-prompts", "animals"], "trained on"), (["--eval-prompts", "none.txt"], "--eval-prompts"),
     (["--watch", "jpeg=2"], "--watch"),
-    (["--algorithm", "rwr", "--timestep-fraction", "0.5"], "rwr does not"), (["--out", __file__ + "/x"], "--out"), (["--guidance-in-training", "maybe"], "--guidance-in-training"), (["--vlm-parallel", "0"], "--vlm-parallel"),
+    (["--algorithm", "rwr", "--timestep-fraction", "0.5"], "rwr does not"), (["--out", __file__ + "/x"], "--out"),
+    (["--guidance-in-training", "maybe"], "--guidance-in-training"), (["--vlm-parallel", "0"], "--vlm-parallel"),
 ])
 def test_bad_settings_are_one_line(wrong, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, random_lora_policy
 from ddpo_min import rewards, update
 from ddpo_min.ddim import ddim_steps, step_weights
 from ddpo_min.files import InputError, atomic
@@ -96,15 +96,9 @@ def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, alg
     """With plain gradient descent at rate 1, the change of the LoRA is the policy gradient, written here by hand."""
     settings = settings_from(dict(samples=8, updates=1, batch=batch, algorithm=algorithm, steps=3, guidance=guidance,
                                   grad_clip=1e9, step_weights=weights))
-    model = load_stable_diffusion(tiny_file)
-    torch.manual_seed(0)
-    layers = add_lora(model.unet, 2)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.1)
-    policy = Policy(model, ddim_steps(3), guidance)
+    policy, parameters = random_lora_policy(tiny_file, guidance, 3)
     prompts, seeds = draw(find_prompts("animals"), 8, 0, 0)
-    trajectories = sample_trajectories(policy, prompts, seeds, batch, model.latent_size)
+    trajectories = sample_trajectories(policy, prompts, seeds, batch, policy.model.latent_size)
     advantages = torch.randn(8)
 
     objective, w = 0.0, step_weights(policy.steps)
@@ -117,7 +111,7 @@ def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, alg
     expected = torch.autograd.grad(objective, parameters)
     before = [p.detach().clone() for p in parameters]
     update.ddpo_update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, advantages, settings,
-                 np.random.default_rng(0), lambda done: None)
+                       np.random.default_rng(0), lambda done: None)
     largest = max(g.abs().max() for g in expected)
     assert largest > 1e-4
     for p, old, gradient in zip(parameters, before, expected):
@@ -134,7 +128,7 @@ def test_timestep_fraction_trains_on_that_share_of_the_steps(tiny_file):
     scored, eps = [], policy.eps
     policy.eps = lambda x_t, t, *rest: (scored.append(int(t)), eps(x_t, t, *rest))[1]
     update.ddpo_update(policy, parameters, torch.optim.AdamW(parameters), trajectories, torch.ones(4), settings,
-                 np.random.default_rng(0), lambda done: None)
+                       np.random.default_rng(0), lambda done: None)
     assert len(scored) == 4 and len(set(scored[:2])) == 2 and len(set(scored[2:])) == 2
 
 

@@ -19,13 +19,13 @@ import world                                                            # noqa: 
 from ddpo_min import figures, load_stable_diffusion                     # noqa: E402
 from ddpo_min.ddim import ddim_steps                                    # noqa: E402
 from ddpo_min.files import run_main                                     # noqa: E402
+from ddpo_min.judges import SMALL, ClipEye                              # noqa: E402
 from ddpo_min.lora import load_lora                                     # noqa: E402
 from ddpo_min.prompts import ANIMALS, find_prompts                      # noqa: E402
 from ddpo_min.rewards import jpeg_kilobytes                             # noqa: E402
 from ddpo_min.rollout import Policy, sample_trajectories                # noqa: E402
 from ddpo_min.settings import Settings                                  # noqa: E402
-from ddpo_min.text import tokenize                                      # noqa: E402
-from pretrain import Classifier, clip_model, to_float                   # noqa: E402
+from pretrain import Classifier, to_float                               # noqa: E402
 
 HELD_OUT_WORLD = 99_000_000     # seeds of renders that no stage of pretraining draws
 
@@ -56,11 +56,10 @@ def within_prompt_std(values, animals):
 @torch.no_grad()
 def judge_parts(model, classifier):
     """The CLIP, the classifier and the autoencoder on 1,800 held-out renders."""
-    clip = load_half(clip_model(), "clip.safetensors")
+    clip = ClipEye(SMALL, "", "cpu")
     images, _, animals, kinds = world.render_many(HELD_OUT_WORLD, 1800, activities=False)
-    text = clip.encode_text(tokenize(find_prompts("animals")), normalize=True)
-    named = torch.cat([(clip.encode_image(to_float(part, "cpu"), normalize=True) @ text.T).argmax(1)
-                       for part in np.array_split(images, 18)]).numpy()
+    text = clip.texts(find_prompts("animals"))
+    named = torch.cat([(clip.images(part) @ text.T).argmax(1) for part in np.array_split(images, 18)]).numpy()
     print(f"CLIP names the animal of {100 * (named == animals).mean():.1f}% of {len(images)} held-out renders")
     print(f"the classifier (the judge) of {100 * recognised(classifier, images, animals).mean():.1f}%")
     images, _, animals, kinds = world.render_many(HELD_OUT_WORLD + 1, 700)

@@ -6,7 +6,6 @@ No human rated anything here. A rule computed from pixels plays the person; the 
 ratings of rendered pictures, as LAION's predictor saw people's. So a learned score can be compared with what it stands
 for: python train.py --reward aesthetic --watch weights/rater.py:rule
 """
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import world                                                    # noqa: E402
+from ddpo_min.files import atomic                               # noqa: E402
 from ddpo_min.judges import SMALL, ClipEye                      # noqa: E402
 
 WIDTHS = (64, 128, 32, 16, 1)       # LAION's are 768, 1024, 128, 64, 16, 1
@@ -79,8 +79,8 @@ def main(count=20_000, steps=3000):
           f"ratings {said.mean():.2f} +- {said.std():.2f})")
     state = {f"layers.{i}.{kind}": getattr(layer, kind).detach().contiguous()
              for i, layer in enumerate(head) for kind in ("weight", "bias")}
-    save_file(state, HERE / "aesthetic.tmp", metadata={"format": "pt"})
-    os.replace(HERE / "aesthetic.tmp", HERE / "aesthetic.safetensors")
+    with atomic(HERE / "aesthetic.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
