@@ -36,7 +36,8 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.merged or self.scale == 0:
             return y
-        return y + (self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))).to(y.dtype)
+        low = self.scale * self.lora_A(x.to(self.lora_A.weight.dtype))      # scaled where it is narrow
+        return y + self.lora_B(low).to(y.dtype)
 
     @torch.no_grad()
     def merge(self):

@@ -8,6 +8,9 @@ from .ddim import Steps, ddim_step, guide
 from .lora import switched_off
 
 
+DECODE_BATCH = 16       # pictures decoded together: more of them leave the processor's cache and take longer
+
+
 @dataclass
 class Policy:
     """The denoiser as a policy: rollout and training both go through `eps`, so their ratio starts at exactly 1."""
@@ -81,9 +84,10 @@ def to_uint8(images):
 
 @torch.no_grad()
 def decode(model, latents, batch):
-    """Latents (N, 4, h, w) -> images uint8 (N, H, W, 3), `batch` at a time."""
+    """Latents (N, 4, h, w) -> images uint8 (N, H, W, 3), `batch` at a time or DECODE_BATCH if that is fewer."""
     dtype = model.vae.post_quant_conv.weight.dtype
-    return np.concatenate([to_uint8(model.vae.decode(part.to(dtype))) for part in latents.split(batch)])
+    parts = latents.split(min(batch, DECODE_BATCH))
+    return np.concatenate([to_uint8(model.vae.decode(part.to(dtype))) for part in parts])
 
 
 @torch.no_grad()

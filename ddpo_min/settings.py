@@ -96,7 +96,7 @@ LAPTOP_RWR = dict(steps=32, epochs=4, inner_epochs=4, lr=2.5e-4)
 
 PRESETS = {
     "laptop": {},
-    "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, lr=5e-3),
+    "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, lr=3e-3),
     "laptop_rwr": {**LAPTOP_RWR, "algorithm": "rwr"},
     "laptop_rwr_sparse": {**LAPTOP_RWR, "algorithm": "rwr_sparse", "percentile": 0.7},
     "sd_lora": SD_LORA,

@@ -299,5 +299,7 @@ def _assign(network, tensors, path, part, device, dtype):
         if (shape[:2] if as_linear else shape) != wanted[name]:
             raise InputError(f"{path}: {part} tensor {name} has shape {shape}, expected {wanted[name]}; {SUPPORTED}")
         tensor = load().reshape(wanted[name]).to(device, dtype)
+        if tensor.ndim == 4:        # convolutions are faster so, and pass the order of memory on to what they compute
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
