@@ -14,9 +14,9 @@ from ddpo_min import figures
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
 from ddpo_min.lora import load_lora, switched_off
+from ddpo_min.machine import pick_device
 from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import Policy, sample_trajectories
-from ddpo_min.run import pick_device
 from ddpo_min.settings import OneLineParser
 from ddpo_min.weights import SD_SIZE, SHIPPED, load_stable_diffusion
 

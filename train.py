@@ -5,6 +5,7 @@ explained in ddpo_min/settings.py; sampling is in ddpo_min/rollout.py, the updat
 figures in ddpo_min/run.py.
 """
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from tqdm import tqdm
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
+from ddpo_min.machine import peak_memory_mb, pick_device, prepare
 from ddpo_min.prompts import draw, evaluation_prompts, find_prompts, held_out
 from ddpo_min.rewards import Scorer, check_rewards, find_reward
 from ddpo_min.rollout import Policy, rescore, sample_trajectories
-from ddpo_min.run import Run, Trainable, peak_memory_mb, pick_device, resumed_settings
-from ddpo_min.settings import describe, parse
+from ddpo_min.run import Run, Trainable, resumed_settings
+from ddpo_min.settings import ON_RESUME, describe, parse
 from ddpo_min.update import advantages_of, ddpo_update, rwr_update, weights_of
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
@@ -25,7 +27,7 @@ from ddpo_min.weights import SHIPPED, load_stable_diffusion
 def main(arguments=None):
     settings, given = parse(arguments)
     if settings.resume:
-        changes = {name: getattr(settings, name) for name in given & {"epochs", "device"}}
+        changes = {name: getattr(settings, name) for name in given & ON_RESUME}
         settings = resumed_settings(settings.resume, given, changes)
     trained_prompts = find_prompts(settings.prompts)
     test_prompts = evaluation_prompts(settings.eval_prompts, trained_prompts)
@@ -48,9 +50,8 @@ def main(arguments=None):
     optimizer = torch.optim.AdamW(parameters, settings.lr, (settings.beta1, settings.beta2), settings.adam_eps,
                                   settings.weight_decay)
     policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, trained.layers)
-    training_policy = policy
-    if settings.guidance_in_training == "off":
-        training_policy = Policy(model, policy.steps, 1.0, trained.layers)
+    settings = replace(settings, batch=prepare(policy, parameters, settings))
+    training_policy = policy if settings.guidance_in_training == "on" else replace(policy, guidance=1.0)
     statistics = PromptStatistics(settings.prompt_buffer, settings.prompt_minimum)
     share = settings.samples // settings.updates
 

@@ -31,12 +31,23 @@ def _umask():
     return mask
 
 
+def is_out_of_memory(error):
+    """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+
+
 def run_main(main):
     """Call a command's main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         sys.exit(main())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing on), or another "
+              "--device or --dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

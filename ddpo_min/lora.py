@@ -3,6 +3,7 @@ import json
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,7 +17,8 @@ class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trainable low-rank one; B starts at zero, so nothing changes at first.
 
     y = W x + b + (alpha / rank) B A x    [LoRA Eq. 3]
-    The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank), float32.
+    The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank), kept and
+    optimised in float32, computed with in the network's dtype.
     Nothing is merged by train() or eval(): merge() and unmerge() are called by name or not at all.
     """
 
@@ -36,8 +38,8 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.merged or self.scale == 0:
             return y
-        low = self.scale * self.lora_A(x.to(self.lora_A.weight.dtype))      # scaled where it is narrow
-        return y + self.lora_B(low).to(y.dtype)
+        low = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))      # scaled where it is narrow
+        return y + F.linear(low, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merge(self):

@@ -13,42 +13,19 @@ from PIL import Image
 from . import figures
 from .files import InputError, atomic
 from .lora import add_lora, lora_state, save_lora
-from .settings import Settings, settings_from
+from .settings import ON_RESUME, Settings, settings_from
 from .weights import SHIPPED, save_single_file
 
 
-def pick_device(name):
-    """The torch device of that name; auto takes cuda, then mps, then cpu. Raises InputError if it is not there."""
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if not there.get(name):
-        raise InputError(f"--device {name}: not on this machine; expected auto, or one of "
-                         f"{', '.join(d for d in there if there[d])}")
-    return torch.device(name)
-
-
-def peak_memory_mb(device):
-    """The largest memory use so far in MB: the GPU's on cuda, else the process's (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        import resource
-        import sys
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-    except ImportError:
-        return 0.0
-
-
 def resumed_settings(folder, given, changes):
-    """The settings a run was started with; only --epochs and --device may be given anew. Raises InputError."""
+    """The settings a run was started with; only those of ON_RESUME may be given anew. Raises InputError."""
     path = Path(folder) / "config.json"
     if not path.is_file() or not (Path(folder) / "state.pt").is_file():
         raise InputError(f"--resume {folder}: not the folder of a run (config.json and state.pt are not both there)")
-    wrong = sorted(set(given) - {"resume", "epochs", "device"})
+    wrong = sorted(set(given) - {"resume", *ON_RESUME})
     if wrong:
         raise InputError(f"--resume goes on with the run's own settings; drop --{wrong[0].replace('_', '-')} "
-                         "(only --epochs and --device may change)")
+                         f"(only {', '.join('--' + name for name in sorted(ON_RESUME))} may change)")
     try:
         saved = json.loads(path.read_text())
     except ValueError:

@@ -30,7 +30,7 @@ class Settings:
     epochs: int = 8                 # rounds of sampling and training [code: 100]
     updates: int = 4                # optimiser steps an epoch, on equal shares of the samples [4]
     inner_epochs: int = 1           # passes over the same samples [1]
-    batch: int = 64                 # samples that go through the network together: memory and speed
+    batch: int = 64                 # samples that go through the network together; auto (0): as many as fit, up to 64
     clip_range: float = 0.01        # the ratio is clipped to 1 +- this; see README, "What clip 1e-4 means" [1e-4]
     advantage_clip: float = 5.0     # advantages beyond this are cut [code: 5 or 10]
     step_weights: str = "even"      # even: a step's loss is divided by its w_t, see README; paper: all count 1
@@ -57,6 +57,8 @@ class Settings:
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best there is
     dtype: str = "float32"          # of the frozen networks: float32 or bfloat16; in float16 gradients underflow
+    checkpointing: str = "off"      # on: less memory, a third more time: activations are computed again going back
+    compile: str = "off"            # on: torch.compile the UNet, for both phases; takes minutes at the start
     eval_samples: int = 180         # pictures for the figures before and after, on seeds never trained on
     eval_prompts: str = ""          # what to evaluate on instead of --prompts, less what is trained on
     eval_every: int = 0             # epochs between two evaluations; 0 is before and after only
@@ -119,7 +121,9 @@ ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), rwr=dict(
 FULL_LR = dict(laptop=3e-4, sd=1e-5)     # of --trainable full where the preset is for LoRA
 CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
                dtype=("float32", "bfloat16"), device=("auto", "cpu", "cuda", "mps"), trainable=("lora", "full"),
-               guidance_in_training=("on", "off"), normalise=("prompt", "group", "round"), vlm_idf=("on", "off"))
+               guidance_in_training=("on", "off"), normalise=("prompt", "group", "round"), vlm_idf=("on", "off"),
+               checkpointing=("on", "off"), compile=("on", "off"))
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile"}      # what --resume may change
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -128,6 +132,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         print(f"error: {message}; see --help", file=sys.stderr)
         sys.exit(2)
+
+
+def _batch(text):
+    """The value of --batch: a number, or auto, which is 0."""
+    return 0 if text == "auto" else int(text)
 
 
 def _help_texts():
@@ -148,7 +157,8 @@ def parse(arguments=None):
                                         "paper's value for Stable Diffusion.")
     texts = _help_texts()
     for field in fields(Settings):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+        kind = _batch if field.name == "batch" else field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
                             metavar=field.type.__name__.upper(),
                             help=f"{texts[field.name]} (default: {field.default!r})")
     given = vars(parser.parse_args(arguments))
@@ -194,7 +204,7 @@ def check(s):
         if getattr(s, name) not in allowed:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: unknown; expected one of "
                              f"{', '.join(allowed)}")
-    for name in ("samples", "steps", "epochs", "updates", "inner_epochs", "batch", "rank", "prompt_buffer",
+    for name in ("samples", "steps", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
                  "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel"):
         if getattr(s, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected 1 or more")
@@ -208,7 +218,7 @@ def check(s):
     for name in ("weight_decay", "beta1", "beta2"):
         if not 0 <= getattr(s, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected a number from 0 to below 1")
-    for name in ("kl_weight", "eval_every", "vlm_retries"):
+    for name in ("kl_weight", "eval_every", "vlm_retries", "batch"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected 0 or more")
     if not 0 < s.percentile < 1:
@@ -259,5 +269,5 @@ def describe(s):
     share = s.samples // s.updates
     passes = 2 if s.guidance != 1 else 1
     lines.append(f"  an epoch: {s.samples} pictures x {s.steps} steps; {s.inner_epochs * s.updates} updates of {share} "
-                 f"pictures, {min(s.batch, share)} at a time; {passes} network passes a sampling step")
+                 f"pictures, {min(s.batch, share) or 'as many as fit'} at a time; {passes} network passes a sampling step")
     return "\n".join(lines)

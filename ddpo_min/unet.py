@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ class UNet(nn.Module):
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
+        self.checkpointing = False      # True: keep no activations inside blocks, compute them again going back
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
@@ -244,6 +246,12 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    def run(self, block, *inputs):
+        """block(*inputs); with checkpointing only the inputs are kept for the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def forward(self, x_t, t, context):
         """Predict the noise in x_t.
 
@@ -255,15 +263,15 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.block(i, x, time, context)
+                x = self.run(level.block, i, x, time, context)
                 skips.append(x)
             if level.downsamplers is not None:
                 x = level.downsamplers[0](x)
                 skips.append(x)
-        x = self.mid_block(x, time, context)
+        x = self.run(self.mid_block, x, time, context)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.block(i, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = self.run(level.block, i, torch.cat([x, skips.pop()], dim=1), time, context)
             if level.upsamplers is not None:
                 x = level.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -57,11 +57,11 @@ def ddpo_update(policy, parameters, optimizer, trajectories, advantages, setting
         for first in rng.permutation(np.arange(0, settings.samples, share)):
             chosen_steps = np.sort(rng.permutation(window)[:count]).tolist()
             for start, stop in groups(share, share, settings.batch):
-                index = torch.arange(first + start, first + stop, device=trajectories.latents.device)
+                index = torch.arange(first + start, first + stop)
                 context, empty = trajectories.context(index)
-                advantage = advantages[index]
+                advantage, latents = advantages[index], trajectories.latents[index].to(advantages.device)
                 for i in chosen_steps:
-                    x_t, x_prev = trajectories.latents[index, i], trajectories.latents[index, i + 1]
+                    x_t, x_prev = latents[:, i], latents[:, i + 1]
                     log_p_old = trajectories.log_p_old[index, i]
                     eps = policy.eps(x_t, policy.steps.t[i], context, empty)
                     _, log_p = ddim_step(x_t, eps, policy.steps, i, x_prev=x_prev)
@@ -98,7 +98,7 @@ def rwr_update(policy, parameters, optimizer, trajectories, weights, settings, r
     Each takes the next samples // updates of the samples of weight above 0, in ever new random order, each with a
     timestep and noise drawn afresh. weights: float64 (N,); rng: numpy Generator. Returns {metric: mean}.
     """
-    share, device = settings.samples // settings.updates, trajectories.latents.device
+    share, device = settings.samples // settings.updates, trajectories.contexts.device
     alpha_bar = alphas_cumprod().float().to(device)
     kept, order = np.flatnonzero(weights), np.array([], dtype=int)
     losses, grad_norms = [], []
@@ -107,8 +107,8 @@ def rwr_update(policy, parameters, optimizer, trajectories, weights, settings, r
             order = np.append(order, rng.permutation(kept))
         chosen, order = order[:share], order[share:]
         for start, stop in groups(share, share, settings.batch):
-            index = torch.as_tensor(chosen[start:stop], device=device)
-            x_0, (context, empty) = trajectories.latents[index, -1], trajectories.context(index)
+            index = torch.as_tensor(chosen[start:stop])
+            x_0, (context, empty) = trajectories.latents[index, -1].to(device), trajectories.context(index)
             t = torch.as_tensor(rng.integers(0, 1000, len(index)), device=device)
             eps = sample_noise(rng.integers(2 ** 32, size=len(index)), 0, x_0.shape[1:])[:, 0].to(device)
             a = alpha_bar[t][:, None, None, None]

@@ -1,0 +1,234 @@
+"""How fast, and in how much memory:  python -m ddpo_min.bench [--size sd15] [--against diffusers]
+
+One share of an epoch is sampled, scored by nothing and trained on, with the functions that train.py uses. Rates are given
+as a fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with
+random values, written first: time and memory do not depend on the values.
+"""
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .ddim import ddim_steps
+from .files import InputError, run_main
+from .lora import add_lora, load_lora, lora_state, save_lora
+from .machine import peak_memory_mb, pick_device, prepare
+from .rollout import Policy, decode, sample_trajectories
+from .settings import OneLineParser, Settings
+from .text import TextEncoder
+from .unet import UNet
+from .update import ddpo_update
+from .vae import VAE
+from .weights import SHIPPED, load_stable_diffusion, save_single_file
+
+# What is timed unless flags say otherwise: a share of the laptop preset; a few steps of sd_lora's on the CPU, more on a GPU
+SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
+             sd15=dict(samples=1, steps=2, guidance=5.0, batch=1),
+             sd15_gpu=dict(samples=16, steps=10, guidance=5.0, batch=4, dtype="bfloat16"))
+
+
+def parse(arguments):
+    """The command line: (size, repeat, against, device, Settings)."""
+    parser = OneLineParser(prog="python -m ddpo_min.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--size", default="shipped", choices=("shipped", "sd15"), help="the shipped model, or SD 1.5's size")
+    parser.add_argument("--against", choices=("diffusers",), help="the same work with diffusers' networks and PEFT's LoRA")
+    parser.add_argument("--repeat", type=int, default=3, help="how often; the median counts (3)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
+    for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", int)):
+        parser.add_argument(f"--{name}", type=kind, help=f"as of train.py (shipped: {SIZES['shipped'][name]}, sd15: "
+                                                         f"{SIZES['sd15'][name]}, on a GPU {SIZES['sd15_gpu'][name]})")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks (sd15 on a GPU: bfloat16)")
+    for name in ("checkpointing", "compile"):
+        parser.add_argument(f"--{name}", default="off", choices=("on", "off"), help="as of train.py (off)")
+    args = vars(parser.parse_args(arguments))
+    for name in ("samples", "steps", "batch", "repeat"):
+        if args[name] is not None and args[name] < 1:
+            raise InputError(f"--{name} {args[name]}: expected 1 or more")
+    size, repeat, against, device = (args.pop(name) for name in ("size", "repeat", "against", "device"))
+    device = pick_device(device)
+    values = SIZES[size + ("_gpu" if size == "sd15" and device.type == "cuda" else "")]
+    return size, repeat, against, device, Settings(updates=1, **{**values, **{k: v for k, v in args.items() if v is not None}})
+
+
+def random_file(path):
+    """Write a single file of Stable Diffusion 1.5's names and shapes, float16, with random values of a sane size."""
+    with torch.device("meta"):
+        parts = [network().half() for network in (UNet, VAE, TextEncoder)]
+    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        part.to_empty(device="cpu").requires_grad_(False)
+        for name, p in part.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=p[0].numel() ** -0.5, generator=generator)
+            else:
+                p.fill_(float(name.endswith("weight")))
+    save_single_file(path, *parts)
+
+
+def synchronised(device):
+    """The time, once the device has done all it was asked for."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def seconds(device, work):
+    """(seconds that work() takes, what it returns)."""
+    begin = synchronised(device)
+    result = work()
+    return synchronised(device) - begin, result
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product: the ceiling of everything here, which is made of them."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / min(seconds(device, lambda: a @ a)[0] for _ in range(5))
+
+
+def work(model, settings):
+    """FLOPs of (sampling, training) one picture, counted on networks without memory."""
+    passes = settings.steps * (1 if settings.guidance == 1 else 2)
+    side, tokens = model.latent_size, model.text_encoder.config.positions
+    with torch.device("meta"):
+        unet, vae = UNet(model.unet.config), VAE(model.vae.config)
+        add_lora(unet, settings.rank)
+        x_t, t, context = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, tokens, unet.config.context_width)
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            unet(x_t, t, context)
+        with FlopCounterMode(display=False) as decoding, torch.no_grad():
+            vae.decode(x_t)
+        with FlopCounterMode(display=False) as both:
+            unet(x_t, t, context).sum().backward()
+    return passes * forward.get_total_flops() + decoding.get_total_flops(), passes * both.get_total_flops()
+
+
+def diffusers_policy(model, settings):
+    """(a Policy whose networks are diffusers', with our weights and PEFT's LoRA, its parameters)."""
+    try:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError(f"--against diffusers: {error.name} is not installed; pip install -r requirements-dev.txt")
+    c, v, device = model.unet.config, model.vae.config, model.unet.conv_in.weight.device
+    dtype, n = model.unet.conv_in.weight.dtype, len(v.widths)
+    unet = UNet2DConditionModel(
+        block_out_channels=c.widths, layers_per_block=c.layers, cross_attention_dim=c.context_width,
+        attention_head_dim=c.heads, norm_num_groups=c.groups,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]])
+    vae = AutoencoderKL(block_out_channels=v.widths, layers_per_block=v.layers, norm_num_groups=v.groups,
+                        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n)
+    base = {name: tensor for name, tensor in model.unet.state_dict().items() if ".lora_" not in name}
+    for network, state in ((unet, base), (vae, model.vae.state_dict())):
+        network.load_state_dict(state)
+        network.requires_grad_(False)
+        for p in network.parameters():      # .to() would warn of modules kept in float32, of which there are none
+            p.data = p.data.to(device, dtype)
+    unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian",
+                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    if settings.checkpointing == "on":
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    decoder = SimpleNamespace(config=v, post_quant_conv=vae.post_quant_conv,
+                              decode=lambda latent: vae.decode(latent / v.latent_scale).sample)
+    policy = Policy(replace(model, vae=decoder), ddim_steps(settings.steps), settings.guidance)
+    policy.predict = lambda x, t, context: unet(x, t, encoder_hidden_states=context).sample
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    return policy, parameters
+
+
+class Work:
+    """A share of an epoch, done again and again; keeps the seconds of each phase."""
+
+    def __init__(self, policy, parameters, settings):
+        self.policy, self.parameters, self.settings = policy, parameters, settings
+        self.optimizer = torch.optim.AdamW(parameters, settings.lr)
+        self.sampling, self.training = [], []
+
+    def do(self, keep=True):
+        """Sample and train once; keep=False only warms up."""
+        s, policy = self.settings, self.policy
+        device, rng = self.parameters[0].device, np.random.default_rng(0)
+        prompts, seeds = ["a fox"] * s.samples, range(s.samples)
+        advantages = torch.linspace(-1, 1, s.samples, device=device)
+        sampling, path = seconds(device, lambda: sample_trajectories(policy, prompts, seeds, s.batch, policy.model.latent_size))
+        training, _ = seconds(device, lambda: ddpo_update(policy, self.parameters, self.optimizer, path, advantages, s, rng,
+                                                          lambda n: None))
+        if keep:
+            self.sampling.append(sampling)
+            self.training.append(training)
+
+
+def shown(name, times, settings, flops, ceiling):
+    """One line on a phase: pictures a second, and how much of the matrix product's rate that is."""
+    middle = statistics.median(times)
+    return (f"  {name:9} {settings.samples / middle:8.3f} images/s ({middle:.2f} s, {min(times):.2f} to {max(times):.2f}), "
+            f"{100 * settings.samples * flops / middle / ceiling:.0f}% of the matrix product")
+
+
+def main(arguments=None):
+    size, repeat, against, device, settings = parse(arguments)
+    dtype = getattr(torch, settings.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = SHIPPED
+        if size == "sd15":
+            path = Path(folder) / "random-sd15.safetensors"
+            print(f"wrote a random file of SD 1.5's size in {seconds(device, lambda: random_file(path))[0]:.0f} s", flush=True)
+        loading, model = seconds(device, lambda: load_stable_diffusion(path, device, dtype))
+        print(f"{model.report}\nloaded in {loading:.1f} s, on {device}, {settings.dtype}")
+        layers = add_lora(model.unet, settings.rank)
+        parameters = list(lora_state(layers).values())
+        policy = Policy(model, ddim_steps(settings.steps), settings.guidance, layers)
+        settings = replace(settings, batch=prepare(policy, parameters, settings))
+        works = dict(ours=Work(policy, parameters, settings))
+        if against:
+            works[against] = Work(*diffusers_policy(model, settings), settings)
+        print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, {settings.batch} at a "
+              f"time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, compile {settings.compile}")
+        if size == "shipped" or device.type == "cuda":
+            for each in works.values():
+                each.do(keep=False)
+        rates = [matrix_rate(device, dtype)]
+        for _ in range(repeat):
+            for each in works.values():
+                each.do()
+            rates.append(matrix_rate(device, dtype))
+        ceiling = statistics.median(rates)
+        print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
+        for name, each in works.items():
+            print(f"{name}:")
+            for phase, times, flops in zip(("sampling", "training"), (each.sampling, each.training), work(model, settings)):
+                print(shown(phase, times, settings, flops, ceiling))
+            both = [a + b for a, b in zip(each.sampling, each.training)]
+            print(shown("together", both, settings, sum(work(model, settings)), ceiling))
+        if against:
+            ratios = [(b.sampling[i] + b.training[i]) / (a.sampling[i] + a.training[i])
+                      for a, b in [works.values()] for i in range(repeat)]
+            print(f"{against} takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f})")
+        if size == "sd15":
+            latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
+            decoding, _ = seconds(device, lambda: decode(model, latent, 1))
+            a_step = (statistics.median(works["ours"].sampling) / settings.samples - decoding) / settings.steps
+            a_training_step = statistics.median(works["ours"].training) / settings.samples / settings.steps
+            print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, {50 * a_training_step:.1f} s "
+                  f"to train on it: {1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
+        print(f"peak memory: {peak_memory_mb(device):.0f} MB" + (" with diffusers' copy" if against else ""))
+        file = Path(folder) / "lora.safetensors"
+        save_lora(file, layers)
+        before = [p.detach().clone() for p in parameters]
+        again = load_lora(file, load_stable_diffusion(path, device, dtype).unet)
+        same = all(torch.equal(a, b) for a, b in zip(before, lora_state(again).values()))
+        print("LoRA saved and read back: " + ("the same to the last bit" if same else "NOT THE SAME"))
+
+
+if __name__ == "__main__":
+    run_main(main)
