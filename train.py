@@ -33,6 +33,7 @@ def main(arguments=None):
     test_prompts = evaluation_prompts(settings.eval_prompts, trained_prompts)
     test_prompts, test_seeds = held_out(test_prompts, settings.eval_samples)
     weights_in_sum, names = check_rewards(settings)
+    parts = [name for name in names if name != settings.reward]     # of a sum, and what is watched
     few = settings.samples < 4 * len(trained_prompts) and settings.group_size < 4
     if settings.regression and settings.normalise == "prompt" and few:
         raise InputError(f"--algorithm {settings.algorithm}: {settings.samples} samples are fewer than 4 for each "
@@ -123,8 +124,8 @@ def main(arguments=None):
             if settings.eval_every and (epoch + 1) % settings.eval_every == 0:
                 _, eval_rewards, eval_scores = evaluate()
                 metrics["eval_reward"] = eval_rewards.mean()
-                metrics.update({f"eval_score_{name}": eval_scores[name].mean() for name in names if len(names) > 1})
-            metrics.update({f"score_{name}": scores[name].mean() for name in names if len(names) > 1})
+                metrics.update({f"eval_score_{name}": eval_scores[name].mean() for name in parts})
+            metrics.update({f"score_{name}": scores[name].mean() for name in parts})
             bar.write(run.log(epoch + 1, dict(                                                              # log
                 reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),
                 reward_max=rewards.max(), **metrics, sampling_images_per_s=settings.samples / (sampled - begin),

@@ -178,7 +178,8 @@ class Run:
         """What was trained, the curve and the comparison on held-out seeds; returns a line that says what changed."""
         images_before, rewards_before, scores_before = self.before()
         before, after = rewards_before.mean(), rewards.mean()
-        parts = {name: [scores_before[name].mean(), scores[name].mean()] for name in scores if len(scores) > 1}
+        parts = {name: [scores_before[name].mean(), scores[name].mean()] for name in scores
+                 if name != self.settings.reward}
         self.save_trained(trained, epochs, reward_before=before, reward_after=after)
         self._write_json("result.json", dict(epochs=epochs, samples=len(rewards), reward_before=before,
                                              reward_after=after, reward_std_before=rewards_before.std(),
