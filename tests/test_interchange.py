@@ -103,6 +103,19 @@ def test_diffusers_loads_every_form_and_predicts_the_same_noise(form, wide, tmp_
     torch.testing.assert_close(output(pipeline.unet), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("wide", [attention_only(), WIDE])
+def test_peft_reads_a_saved_file_by_the_configuration_in_it(wide, tmp_path):
+    import peft
+    unet, layers = with_layers(wide)
+    save_lora(tmp_path / "lora.safetensors", layers)
+    config = json.loads(header(tmp_path / "lora.safetensors")["lora_adapter_metadata"])
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(**{key.removeprefix("unet."): value for key, value in config.items()}), base())
+    state = {name.removeprefix("unet."): t for name, t in load_file(tmp_path / "lora.safetensors").items()}
+    assert not peft.set_peft_model_state_dict(theirs, state).unexpected_keys
+    torch.testing.assert_close(output(theirs), output(unet), rtol=1e-9, atol=1e-9)
+
+
 def test_ours_reads_what_diffusers_saves_with_patterns_and_rank_stabilised_scale(tmp_path):
     """PEFT's configuration travels in the metadata: ranks and alphas by pattern, and rslora's alpha / sqrt(rank)."""
     import peft
@@ -239,7 +252,7 @@ def test_all_names_of_the_shipped_model_and_of_stable_diffusion_can_be_exported(
 
 def test_a_wider_file_adds_alpha_over_rank_b_a_to_each_layer(tmp_path):
     theirs = kohya_file(tmp_path / "theirs.safetensors")
-    unet, wanted = base(), base()
+    unet, wanted = base().requires_grad_(True), base()
     layers = load_lora(tmp_path / "theirs.safetensors", unet)
     assert list(layers) == [name for name in lora_modules(wanted) if name in WIDE]      # the network's order
     for name, (A, B, alpha) in theirs.items():
@@ -354,7 +367,11 @@ def test_exporting_needs_no_prompt_and_no_weights_and_replaces_an_older_file(sav
     for form in ("kohya", "diffusers"):
         sample.main(["--lora", str(saved[1]), "--export-lora", form])
         assert capsys.readouterr().out == f"wrote {saved[1].with_name(f'lora-{form}.safetensors')}\n"
-    assert_same_file(target, export_lora(saved[1], "kohya"))
+    sample.main(["--lora", str(saved[1]), "--export-lora", "kohya", "--scale", "3"])
+    three = load_file(target)
+    assert_same_file(export_lora(saved[1], "kohya", 3.0), target)
+    export_lora(saved[1], "kohya")
+    assert all(torch.equal(3 * t, three[name]) for name, t in load_file(target).items() if name.endswith("alpha"))
     assert sorted(p.name for p in saved[1].parent.iterdir()) == [
         "lora-diffusers.safetensors", "lora-kohya.safetensors", "lora.safetensors"]
 
