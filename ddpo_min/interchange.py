@@ -34,7 +34,7 @@ def kohya_name(module):
 
 
 def diffusers_form(layers):
-    """{name: tensor} as diffusers and PEFT call them, and the metadata in which diffusers, from 0.34 on, finds alpha."""
+    """{name: tensor} as diffusers and PEFT call them, and the metadata where diffusers, from 0.34 on, finds alpha."""
     state = {f"unet.{name}.lora_{part}.weight": tensor
              for name, (A, B, _) in layers.items() for part, tensor in (("A", A), ("B", B))}
     ranks, alphas = ranks_and_alphas(layers)
@@ -142,9 +142,10 @@ def read_lora(path, modules):
         if min(A.ndim, B.ndim) < 2 or not A.shape[0] == B.shape[1] > 0:
             raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}; expected "
                              "(rank, in) and (out, rank)")
-        alpha = (file.get_tensor(parts["alpha"]).item() if "alpha" in parts
-                 else told_alpha(module, A.shape[0], config))
-        layers[module] = A, B, alpha
+        alpha = file.get_tensor(parts["alpha"]) if "alpha" in parts else None
+        if alpha is not None and alpha.numel() != 1:
+            raise InputError(f"{path}: {layer}.alpha has {alpha.numel()} values; expected one")
+        layers[module] = A, B, told_alpha(module, A.shape[0], config) if alpha is None else float(alpha)
     if not layers:
         raise InputError(f"{path}: found no LoRA for this UNet, but {summary(left_out)}; expected the lora.safetensors "
                          "of a run, or a file of diffusers, PEFT or kohya")

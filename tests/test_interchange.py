@@ -143,7 +143,7 @@ def test_the_names_diffusers_used_before_peft_are_read(tmp_path):
         state[f"unet.{TRANSFORMER}{old}.down.weight"] = layer.lora_A.weight.detach()
         state[f"unet.{TRANSFORMER}{old}.up.weight"] = layer.lora_B.weight.detach()
     for prefix in ("unet.", ""):        # the first releases had no unet. either
-        save_file({name.replace("unet.", prefix): tensor for name, tensor in state.items()}, tmp_path / "old.safetensors")
+        save_file({name.replace("unet.", prefix): t for name, t in state.items()}, tmp_path / "old.safetensors")
         ours = base()
         assert load_lora(tmp_path / "old.safetensors", ours).keys() == layers.keys()
         torch.testing.assert_close(output(ours), output(unet), rtol=1e-9, atol=1e-9)
@@ -217,7 +217,8 @@ def kohya_file(path, dtype=torch.float16):
         A, B = torch.randn(rank, *weight.shape[1:]).to(dtype), torch.randn(len(weight), rank).to(dtype)
         B = B.view(*B.shape, *[1] * (weight.ndim - 2))
         key = "lora_unet_" + name.replace(".", "_")
-        state.update({f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B, f"{key}.alpha": torch.tensor(alpha).to(dtype)})
+        state.update({f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B,
+                      f"{key}.alpha": torch.tensor(alpha, dtype=dtype)})
         layers[name] = A, B, alpha
     save_file(state, path, metadata={"ss_network_dim": "5", "ss_output_name": "theirs"})
     return layers
@@ -235,7 +236,8 @@ def test_scale_multiplies_every_alpha_of_an_export(saved):
     modules = lora_modules(base())
     before, after = (read_lora(path, modules)[0] for path in (saved[1], export_lora(saved[1], "kohya", 0.5)))
     assert before.keys() == after.keys()
-    assert all(after[name][2] == before[name][2] / 2 and torch.equal(after[name][1], before[name][1]) for name in before)
+    for name, (_, B, alpha) in before.items():
+        assert after[name][2] == alpha / 2 and torch.equal(after[name][1], B)
 
 
 def test_all_names_of_the_shipped_model_and_of_stable_diffusion_can_be_exported(tmp_path):
@@ -299,16 +301,20 @@ def test_what_cannot_be_applied_is_named_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+CONV = "unet.conv_in."      # (16, 4, 3, 3)
+
+
 @pytest.mark.parametrize("state, words", [
-    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "no LoRA for this UNet, but 1 of the text"),
-    ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (2, 2)}, "no LoRA for this UNet, but 1 of the text"),
+    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "for this UNet, but 1 of the text encoder"),
+    ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (2, 2)}, "for this UNet, but 1 of the text"),
     ({"conv_in.weight": (2, 2)}, "no LoRA for this UNet, but 1 that fit no layer [(]conv_in.weight[)]"),
     ({}, "no LoRA for this UNet, but nothing at all"),
-    ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "conv_in has only unet.conv_in.lora_A.weight of its two halves"),
-    ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (16, 3, 1, 1)}, "expected [(]rank, in[)]"),
-    ({"unet.conv_in.lora_A.weight": (0, 4, 3, 3), "unet.conv_in.lora_B.weight": (16, 0, 1, 1)}, "expected [(]rank, in[)]"),
-    ({"unet.conv_in.lora_A.weight": (2,), "unet.conv_in.lora_B.weight": (16, 2, 1, 1)}, "expected [(]rank, in[)]"),
-    ({"unet.conv_in.lora_A.weight": (2, 4, 1, 1), "unet.conv_in.lora_B.weight": (16, 2, 1, 1)}, "this model needs"),
+    ({CONV + "lora_A.weight": (2, 4, 3, 3)}, "conv_in has only unet.conv_in.lora_A.weight of its two halves"),
+    ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 3, 1, 1)}, "expected [(]rank, in[)]"),
+    ({CONV + "lora_A.weight": (0, 4, 3, 3), CONV + "lora_B.weight": (16, 0, 1, 1)}, "expected [(]rank, in[)]"),
+    ({CONV + "lora_A.weight": (2,), CONV + "lora_B.weight": (16, 2, 1, 1)}, "expected [(]rank, in[)]"),
+    ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 2, 1, 1), CONV + "alpha": (2,)}, "has 2 values"),
+    ({CONV + "lora_A.weight": (2, 4, 1, 1), CONV + "lora_B.weight": (16, 2, 1, 1)}, "this model needs"),
 ])
 def test_files_of_which_nothing_fits_are_refused_in_one_line(state, words, tmp_path):
     save_file({name: torch.ones(shape) for name, shape in state.items()}, tmp_path / "wrong.safetensors")
@@ -348,7 +354,8 @@ def test_a_merged_file_keeps_dtypes_and_is_rounded_once(tmp_path):
         save_single_file(tmp_path / "base.safetensors", *parts, dtype=dtype, image_size=16)
         sample.main(["--lora", str(tmp_path / "lora.safetensors"), "--merge", str(tmp_path / "merged.safetensors"),
                      "--weights", str(tmp_path / "base.safetensors")])
-        model, merged = (load_stable_diffusion(tmp_path / f"{name}.safetensors", dtype=None) for name in ("base", "merged"))
+        model, merged = (load_stable_diffusion(tmp_path / name, dtype=None)
+                         for name in ("base.safetensors", "merged.safetensors"))
         for name, parameter in merged.unet.named_parameters():
             wanted, layer = model.unet.get_parameter(name), layers.get(name.removesuffix(".weight"))
             if layer is not None and name.endswith(".weight"):
@@ -394,7 +401,8 @@ def test_orders_that_make_no_sense_are_refused(wrong, words, tmp_path, monkeypat
 
 def arguments(model_file, out, *more, epochs=3):
     return ["--weights", str(model_file), "--preset", "laptop", "--samples", "8", "--updates", "2", "--steps", "3",
-            "--epochs", str(epochs), "--eval-samples", "5", "--device", "cpu", "--prompt-minimum", "2", "--out", str(out), *more]
+            "--epochs", str(epochs), "--eval-samples", "5", "--device", "cpu", "--prompt-minimum", "2", "--out", str(out),
+            *more]
 
 
 def test_training_goes_on_from_a_lora_of_any_layers_and_resumes_exactly(tiny_file, tmp_path, capsys):
