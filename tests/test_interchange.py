@@ -81,7 +81,8 @@ def their_pipeline():
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     unet, vae, text = tiny_networks()
     pipeline = StableDiffusionPipeline(their_vae(vae.config), their_text(text.config), None, their_unet(unet.config),
-                                       DDIMScheduler(steps_offset=1, clip_sample=False), None, None, requires_safety_checker=False)
+                                       DDIMScheduler(steps_offset=1, clip_sample=False), None, None,
+                                       requires_safety_checker=False)
     pipeline.unet.load_state_dict(base().state_dict())
     return pipeline
 
@@ -305,7 +306,7 @@ CONV = "unet.conv_in."      # (16, 4, 3, 3)
 
 
 @pytest.mark.parametrize("state, words", [
-    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "for this UNet, but 1 of the text encoder"),
+    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 2)}, "for this UNet, but 1 of the text"),
     ({"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (2, 2)}, "for this UNet, but 1 of the text"),
     ({"conv_in.weight": (2, 2)}, "no LoRA for this UNet, but 1 that fit no layer [(]conv_in.weight[)]"),
     ({}, "no LoRA for this UNet, but nothing at all"),
@@ -313,7 +314,7 @@ CONV = "unet.conv_in."      # (16, 4, 3, 3)
     ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 3, 1, 1)}, "expected [(]rank, in[)]"),
     ({CONV + "lora_A.weight": (0, 4, 3, 3), CONV + "lora_B.weight": (16, 0, 1, 1)}, "expected [(]rank, in[)]"),
     ({CONV + "lora_A.weight": (2,), CONV + "lora_B.weight": (16, 2, 1, 1)}, "expected [(]rank, in[)]"),
-    ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 2, 1, 1), CONV + "alpha": (2,)}, "has 2 values"),
+    ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 2, 1, 1), CONV + "alpha": (2,)}, "2 values"),
     ({CONV + "lora_A.weight": (2, 4, 1, 1), CONV + "lora_B.weight": (16, 2, 1, 1)}, "this model needs"),
 ])
 def test_files_of_which_nothing_fits_are_refused_in_one_line(state, words, tmp_path):
@@ -401,8 +402,8 @@ def test_orders_that_make_no_sense_are_refused(wrong, words, tmp_path, monkeypat
 
 def arguments(model_file, out, *more, epochs=3):
     return ["--weights", str(model_file), "--preset", "laptop", "--samples", "8", "--updates", "2", "--steps", "3",
-            "--epochs", str(epochs), "--eval-samples", "5", "--device", "cpu", "--prompt-minimum", "2", "--out", str(out),
-            *more]
+            "--epochs", str(epochs), "--eval-samples", "5", "--device", "cpu", "--prompt-minimum", "2",
+            "--out", str(out), *more]
 
 
 def test_training_goes_on_from_a_lora_of_any_layers_and_resumes_exactly(tiny_file, tmp_path, capsys):
