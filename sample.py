@@ -1,6 +1,7 @@
 """Draw pictures:  python sample.py --prompt "a fox" [--lora runs/jpeg/lora.safetensors]
 
 With a LoRA, the base model's pictures and the LoRA's are drawn from the same noise and shown one above the other.
+--export-lora writes the LoRA in another form, --merge the whole model with it; neither needs a prompt.
 """
 import argparse
 from pathlib import Path
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from ddpo_min import figures
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
-from ddpo_min.lora import load_lora, switched_off
+from ddpo_min.interchange import FORMS, export_lora
+from ddpo_min.lora import load_lora, merge_lora, switched_off
 from ddpo_min.machine import pick_device
 from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import Policy, sample_trajectories
@@ -29,8 +31,13 @@ def parse(arguments):
     parser.add_argument("--prompt", default="", help="what to draw")
     parser.add_argument("--prompts", default="", help="a prompt set (animals, ...) or a text file, one prompt a line")
     parser.add_argument("--num", type=int, help="pictures a prompt (8 for --prompt, 1 for --prompts)")
-    parser.add_argument("--lora", default="", help="lora.safetensors of a run")
+    parser.add_argument("--lora", default="", help="lora.safetensors of a run, or a file of diffusers, PEFT or kohya")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
+    parser.add_argument("--export-lora", default="", choices=FORMS, metavar="FORM",
+                        help="write the LoRA next to itself as NAME-FORM.safetensors; FORM is diffusers (and PEFT), or "
+                             "kohya (and AUTOMATIC1111, ComfyUI)")
+    parser.add_argument("--merge", default="", metavar="FILE", help="write a complete model with the LoRA in it, "
+                        "one .safetensors file, each tensor in its dtype in --weights")
     parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (20 for the shipped model, 50 at 512 pixels)")
@@ -40,8 +47,15 @@ def parse(arguments):
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", default="samples", help="folder for the pictures (samples)")
     args = parser.parse_args(arguments)
-    if bool(args.prompt) == bool(args.prompts):
+    files = args.export_lora or args.merge
+    if bool(args.prompt) == bool(args.prompts) and (args.prompt or not files):
         raise InputError("give either --prompt TEXT or --prompts FILE")
+    if files and not args.lora:
+        raise InputError("--export-lora, --merge: which LoRA? Give its file with --lora")
+    if args.merge and not args.merge.endswith(".safetensors"):
+        raise InputError(f"--merge {args.merge}: expected the name of a .safetensors file")
+    if args.merge and Path(args.merge).resolve() in (Path(args.weights).resolve(), Path(args.lora).resolve()):
+        raise InputError(f"--merge {args.merge}: would replace what it is made from; give another name")
     args.num = args.num if args.num is not None else (8 if args.prompt else 1)
     for name, highest in (("num", 10_000), ("batch", 10_000), ("steps", 500)):
         value = getattr(args, name)
@@ -59,6 +73,13 @@ def parse(arguments):
 
 def main(arguments=None):
     args = parse(arguments)
+    if args.export_lora:
+        print(f"wrote {export_lora(args.lora, args.export_lora, args.scale)}")
+    if args.merge:
+        merge_lora(args.lora, args.weights, args.merge, args.scale)
+        print(f"wrote {args.merge}")
+    if not (args.prompt or args.prompts):
+        return
     lines = [args.prompt] if args.prompt else find_prompts(args.prompts)
     prompts = [line for line in lines for _ in range(args.num)]
     seeds = [args.seed + i for i in range(len(prompts))]

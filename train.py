@@ -40,13 +40,13 @@ def main(arguments=None):
                          f"of {len(trained_prompts)} prompts, too few to compare; take more --samples, or "
                          "--normalise round")
     device = pick_device(settings.device)
-    run = Run(settings)
+    run = Run(settings, arguments)
     print(describe(settings))
 
     model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
     scorer = Scorer(weights_in_sum, {name: find_reward(name, settings, model, device) for name in names})
     torch.manual_seed(settings.seed)
-    trained = Trainable(model, settings.trainable, settings.rank)
+    trained = Trainable(model, settings.trainable, settings.rank, run.init_lora)
     parameters = list(trained.state().values())
     optimizer = torch.optim.AdamW(parameters, settings.lr, (settings.beta1, settings.beta2), settings.adam_eps,
                                   settings.weight_decay)

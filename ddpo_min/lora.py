@@ -1,20 +1,21 @@
 """Low-rank adaptation: train W + scale * B A instead of W, with A (rank, in) and B (out, rank)    [LoRA Eq. 3]."""
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from .files import InputError, atomic
-from .weights import open_safetensors
+from .files import InputError
+from .interchange import lora_modules, read_lora, write_lora
+from .weights import load_stable_diffusion, save_single_file
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")      # the attention projections, by the end of their names
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trainable low-rank one; B starts at zero, so nothing changes at first.
+class LoRALayer:
+    """What a frozen layer and a trainable low-rank one beside it do; B starts at zero, so nothing changes at first.
 
     y = W x + b + (alpha / rank) B A x    [LoRA Eq. 3]
     The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank), kept and
@@ -22,15 +23,15 @@ class LoRALinear(nn.Linear):
     Nothing is merged by train() or eval(): merge() and unmerge() are called by name or not at all.
     """
 
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        where = linear.weight.device
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="meta").to_empty(device=where)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="meta").to_empty(device=where)
+    def adapt(self, frozen, A, B, alpha):
+        """Take over a layer's weights; A and B are layers on the meta device, in -> rank and rank -> out."""
+        self.weight, self.bias = frozen.weight, frozen.bias
+        self.lora_A, self.lora_B = (layer.to_empty(device=frozen.weight.device) for layer in (A, B))
+        rank = len(A.weight)
         # drawn on the CPU: the same seed gives the same start on every device
-        self.lora_A.weight.data.copy_(torch.randn(rank, linear.in_features) / rank)
+        self.lora_A.weight.data.copy_(torch.randn(A.weight.shape) / rank)
         nn.init.zeros_(self.lora_B.weight)
+        self.alpha = alpha
         self.scale = alpha / rank
         self.merged = False
 
@@ -38,22 +39,60 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.merged or self.scale == 0:
             return y
-        low = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))      # scaled where it is narrow
-        return y + F.linear(low, self.lora_B.weight.to(x.dtype))
+        return y + self.low_rank(x, self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype))
+
+    def change(self):
+        """scale B A, in the shape of the frozen weight: a convolution's B is 1x1, so it is the same product."""
+        return self.scale * (self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)).view_as(self.weight)
 
     @torch.no_grad()
     def merge(self):
-        """W <- W + scale B A; the low-rank path is then skipped."""
+        """W <- W + scale B A, added in float32 and rounded once; the low-rank path is then skipped."""
         if not self.merged:
-            self.weight += self.scale * (self.lora_B.weight @ self.lora_A.weight).to(self.weight.dtype)
+            self.weight.copy_(self.weight + self.change())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self):
-        """Undo merge()."""
+        """Undo merge(), up to rounding."""
         if self.merged:
-            self.weight -= self.scale * (self.lora_B.weight @ self.lora_A.weight).to(self.weight.dtype)
+            self.weight.copy_(self.weight - self.change())
             self.merged = False
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """A linear layer with a LoRA."""
+
+    def __init__(self, linear, rank, alpha):
+        sizes = linear.in_features, linear.out_features
+        super().__init__(*sizes, linear.bias is not None, device="meta")
+        self.adapt(linear, nn.Linear(sizes[0], rank, bias=False, device="meta"),
+                   nn.Linear(rank, sizes[1], bias=False, device="meta"), alpha)
+
+    def low_rank(self, x, A, B):
+        return F.linear(self.scale * F.linear(x, A), B)     # scaled where it is narrow
+
+
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """A convolution with a LoRA: A is a convolution of the same kernel to `rank` channels, B is 1x1."""
+
+    def __init__(self, conv, rank, alpha):
+        window = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+        super().__init__(conv.in_channels, conv.out_channels, **window, bias=conv.bias is not None, device="meta")
+        self.adapt(conv, nn.Conv2d(conv.in_channels, rank, **window, bias=False, device="meta"),
+                   nn.Conv2d(rank, conv.out_channels, 1, bias=False, device="meta"), alpha)
+
+    def low_rank(self, x, A, B):
+        return F.conv2d(self.scale * F.conv2d(x, A, stride=self.stride, padding=self.padding), B)
+
+
+def replace(unet, name, rank, alpha):
+    """Put a LoRA layer in place of the linear layer or convolution `name`; changes `unet`, returns the new layer."""
+    module = unet.get_submodule(name)
+    layer = (LoRAConv2d if isinstance(module, nn.Conv2d) else LoRALinear)(module, rank, alpha)
+    owner, _, leaf = name.rpartition(".")
+    setattr(unet.get_submodule(owner), leaf, layer)
+    return layer
 
 
 def add_lora(unet, rank=4, alpha=None):
@@ -62,13 +101,8 @@ def add_lora(unet, rank=4, alpha=None):
     rank: of every layer; alpha: numerator of the scale, the rank if None (scale 1). Returns {name: LoRALinear}.
     """
     unet.requires_grad_(False)
-    layers = {}
-    for name, module in list(unet.named_modules()):
-        if type(module) is nn.Linear and name.endswith(TARGETS) and (".attn1." in name or ".attn2." in name):
-            layers[name] = LoRALinear(module, rank, rank if alpha is None else alpha)
-            owner, _, leaf = name.rpartition(".")
-            setattr(unet.get_submodule(owner), leaf, layers[name])
-    return layers
+    return {name: replace(unet, name, rank, rank if alpha is None else alpha) for name in lora_modules(unet)
+            if name.endswith(TARGETS) and (".attn1." in name or ".attn2." in name)}
 
 
 @contextmanager
@@ -90,40 +124,46 @@ def lora_state(layers):
             for name, layer in layers.items() for part in ("lora_A", "lora_B")}
 
 
-def save_lora(path, layers, **metadata):
-    """Write the LoRA to a safetensors file, with rank, alpha and whatever else is given as its metadata."""
-    first = next(iter(layers.values()))
-    rank = first.lora_A.out_features
-    metadata = dict(rank=rank, alpha=first.scale * rank, **metadata)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_state(layers).items()}
-    with atomic(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "ddpo_min": json.dumps(metadata)})
+def save_lora(path, layers, **story):
+    """Write the LoRA as diffusers and PEFT read it, with ranks, alphas and whatever else is given as its metadata."""
+    tensors = {name: tuple(part.weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+               for name, layer in layers.items()}
+    write_lora(path, "diffusers", {name: (A, B, float(layers[name].alpha)) for name, (A, B) in tensors.items()},
+               {"ddpo_min": json.dumps(story)})
 
 
 def load_lora(path, unet, scale=1.0):
-    """Put a saved LoRA on a network, strictly by name; changes `unet`, returns {name: LoRALinear}.
+    """Put a saved LoRA on a network, ours or anybody's (see read_lora); changes `unet`, returns {name: LoRA layer}.
 
-    scale: multiplies its effect, 0 is off. Raises InputError if a name or a shape does not fit.
+    Only what the file has gets a LoRA, each layer of its own rank; the rest is frozen. scale: multiplies its effect,
+    0 is off. Raises InputError if nothing of it is for this network, or if a shape does not fit.
     """
-    file = open_safetensors(path)
-    state = {name: file.get_tensor(name) for name in file.keys()}
-    metadata = json.loads((file.metadata() or {}).get("ddpo_min", "{}"))
-    ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight")}
-    if len(ranks) != 1:
-        raise InputError(f"{path}: found no LoRA of ours (names like unet....lora_A.weight, one rank); "
-                         "expected the lora.safetensors of a run")
-    rank = ranks.pop()
-    layers = add_lora(unet, rank, metadata.get("alpha", rank))
-    own = lora_state(layers)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise InputError(f"{path}: {len(missing)} tensors missing, {len(unexpected)} unexpected for this model; "
-                         f"the first is {(missing + unexpected)[0]}; use the base model it was trained on")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise InputError(f"{path}: {name} has shape {tuple(state[name].shape)}, this model needs "
-                             f"{tuple(tensor.shape)}; use the base model it was trained on")
-        tensor.data.copy_(state[name])
-    for layer in layers.values():
+    modules = lora_modules(unet)
+    found, _ = read_lora(path, modules)
+    unet.requires_grad_(False)
+    layers = {}
+    for name in modules:        # in the network's order, whatever the file's: the optimiser counts its parameters
+        if name not in found:
+            continue
+        A, B, alpha = found[name]
+        layer = layers[name] = replace(unet, name, len(A), alpha)
+        for own, tensor in ((layer.lora_A.weight, A), (layer.lora_B.weight, B)):
+            if own.flatten(1).shape != tensor.flatten(1).shape:        # (rank, in) and (rank, in, 1, 1) are one
+                raise InputError(f"{path}: a tensor of {name} has shape {tuple(tensor.shape)}, this model needs "
+                                 f"{tuple(own.shape)}; use the base model it was trained on")
+            own.data.copy_(tensor.view_as(own))
         layer.scale *= scale
     return layers
+
+
+def merge_lora(path, weights, out, scale=1.0):
+    """Write a complete model, `weights` with the LoRA added, in Stable Diffusion's single-file layout.
+
+    Every tensor keeps the dtype it has in `weights`; the sums are taken in float32 and rounded once.
+    """
+    model = load_stable_diffusion(weights, "cpu", None)
+    for layer in load_lora(path, model.unet, scale).values():
+        layer.merge()
+        del layer.lora_A, layer.lora_B      # the base's names are left
+    save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size,
+                     base=Path(weights).name, lora=Path(path).name, scale=scale)

@@ -42,7 +42,7 @@ class Policy:
 
     @torch.no_grad()
     def base_eps(self, x_t, t, context, empty):
-        """What the model predicted before training: the same with its LoRA switched off."""
+        """What the base model predicts: the same with the LoRA switched off, and so without an --init-lora."""
         with switched_off(self.layers):
             return self.eps(x_t, t, context, empty)
 

@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import shlex
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,7 +14,7 @@ from PIL import Image
 
 from . import figures
 from .files import InputError, atomic
-from .lora import add_lora, lora_state, save_lora
+from .lora import add_lora, load_lora, lora_state, save_lora
 from .settings import ON_RESUME, Settings, settings_from
 from .weights import SHIPPED, save_single_file
 
@@ -39,12 +41,14 @@ def resumed_settings(folder, given, changes):
 class Trainable:
     """What is trained: a LoRA on the UNet's attention, or the whole UNet. The rest of the model stays frozen."""
 
-    def __init__(self, model, kind, rank):
-        """kind: lora or full; changes model.unet."""
+    def __init__(self, model, kind, rank, init_lora=""):
+        """kind: lora or full; init_lora: a file whose layers and ranks are taken instead; changes model.unet."""
         self.model = model
-        self.layers = add_lora(model.unet, rank) if kind == "lora" else {}
         if kind == "full":
+            self.layers = {}
             model.unet.requires_grad_(True)
+        else:
+            self.layers = load_lora(init_lora, model.unet) if init_lora else add_lora(model.unet, rank)
         self.file = f"{'lora' if kind == 'lora' else 'model'}.safetensors"
 
     def state(self):
@@ -66,8 +70,10 @@ class Trainable:
 class Run:
     """Everything a run writes. Files are replaced atomically; metrics.jsonl gets one line an epoch."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, arguments=None):
+        """arguments: the command line, for the record; sys.argv's if None."""
         self.settings = settings
+        self.commands = [shlex.join(["python", "train.py", *(sys.argv[1:] if arguments is None else arguments)])]
         self.folder = Path(settings.out) if settings.out else None      # else chosen by start()
         if settings.out and self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out {self.folder}: a file; expected a folder, new or empty")
@@ -81,6 +87,12 @@ class Run:
             raise InputError(f"--out {self.folder or 'runs'}: {there} is no folder that can be written to")
         self.history = []
         self.started = time.time()
+
+    @property
+    def init_lora(self):
+        """The file that the LoRA starts from, if any; resumed, the run's own: the same layers, ranks and alphas."""
+        s = self.settings
+        return self.folder / "lora.safetensors" if s.resume and s.init_lora else s.init_lora
 
     def start(self):
         """Make the folder (runs/REWARD, or -2, -3, ... if taken) and write config.json: every setting of the run."""
@@ -118,7 +130,7 @@ class Run:
         """A checkpoint after `epoch` finished epochs; prompts, seeds and shuffles are functions of (seed, epoch)."""
         state = dict(epoch=epoch, trained={k: v.detach().cpu() for k, v in trained.state().items()},
                      optimizer=optimizer.state_dict(), statistics=statistics.state(), history=self.history,
-                     random=torch.get_rng_state())
+                     random=torch.get_rng_state(), commands=self.commands)
         with atomic(self.folder / "state.pt") as temporary:
             torch.save(state, temporary)
         if trained.layers:      # a complete model is written at the end only: state.pt has it already
@@ -128,7 +140,7 @@ class Run:
         """Write the LoRA, or the complete model, with its story."""
         s = self.settings
         trained.save(self.folder, reward=s.reward, epochs=epoch, steps=s.steps, guidance=s.guidance,
-                     base=Path(s.weights).name or SHIPPED.name, **story)
+                     base=Path(s.weights).name or SHIPPED.name, command=" && ".join(self.commands), **story)
 
     def load(self, trained, optimizer, statistics):
         """Go on from the last checkpoint; returns how many epochs are finished. Raises InputError if it is damaged."""
@@ -148,6 +160,7 @@ class Run:
         statistics.load_state(state["statistics"])
         torch.set_rng_state(state["random"])
         self.history = state["history"]
+        self.commands = list(dict.fromkeys([*state.get("commands", []), *self.commands]))      # each once, in order
         self._write_metrics()       # an epoch that was logged but not saved is dropped
         return state["epoch"]
 

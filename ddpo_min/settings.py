@@ -48,6 +48,7 @@ class Settings:
     adam_eps: float = 1e-8          # [1e-8]
     grad_clip: float = 1.0          # largest norm of the gradient [1.0]
     rank: int = 4                   # of the LoRA on the attention projections [code: 4]
+    init_lora: str = ""             # a LoRA file to go on from, with its layers and ranks; the KL's base is without it
     # Normalisation of the reward
     normalise: str = "prompt"       # by the same prompt's latest rewards; group: its group's; round: all [prompt]
     group_size: int = 1             # so many samples of a round share a prompt; needed by --normalise group
@@ -165,6 +166,8 @@ def parse(arguments=None):
     if given.get("preset") == "list":
         print(list_presets())
         sys.exit(0)
+    if {"rank", "init_lora"} <= given.keys():
+        raise InputError("--rank: follows from the file with --init-lora; drop it")
     return settings_from(given), set(given)
 
 
@@ -244,6 +247,9 @@ def check(s):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
     if s.trainable == "full" and s.dtype != "float32":
         raise InputError(f"--trainable full --dtype {s.dtype}: the trained weights must be float32")
+    if s.trainable == "full" and s.init_lora:
+        raise InputError("--init-lora: needs --trainable lora; to train the whole UNet from there, write a model with "
+                         "sample.py --lora FILE --merge MODEL.safetensors and give that with --weights")
     if s.kl_weight and (s.trainable == "full" or s.regression):
         raise InputError("--kl-weight: needs --trainable lora, whose base model is there with the LoRA switched off, "
                          "and a ddpo algorithm")

@@ -58,7 +58,8 @@ class StableDiffusion:
 def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
     """Load a model, strictly: every tensor of the file is used or knowingly skipped, every parameter is filled.
 
-    path: a .safetensors file in the original layout, or a diffusers folder. Raises InputError if it is anything else.
+    path: a .safetensors file in the original layout, or a diffusers folder; dtype: None keeps each tensor's own.
+    Raises InputError if it is anything else.
     """
     path = Path(path)
     if not path.exists():
@@ -98,7 +99,7 @@ def is_small(path):
 def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, **story):
     """Write the three networks as one safetensors file in the original layout, with what shapes do not tell.
 
-    story: whatever else its metadata should say, under the name ddpo_min.
+    dtype: None keeps each tensor's own; story: whatever else its metadata should say, under the name ddpo_min.
     """
     state = {}
     inverse = {b: a for a, b in layout.unet_prefixes(unet.config.attention, unet.config.layers).items()}
