@@ -31,7 +31,8 @@ def parse(arguments):
     parser.add_argument("--num", type=int, help="pictures a prompt (8 for --prompt, 1 for --prompts)")
     parser.add_argument("--lora", default="", help="lora.safetensors of a run")
     parser.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (1)")
-    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped one)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x or 2.x file, diffusers folder "
+                        "or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (20 for the shipped model, 50 at 512 pixels)")
     parser.add_argument("--guidance", type=float, help="classifier-free (2 for the shipped model, 5 at 512 pixels)")
