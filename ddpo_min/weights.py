@@ -56,6 +56,15 @@ class StableDiffusion:
         """Side of the latent of a picture of image_size pixels."""
         return self.image_size // 2 ** (len(self.vae.config.widths) - 1)
 
+    def latent_shape(self, width, height):
+        """(h, w) of the latent of a picture of width x height pixels. Raises InputError if the networks need others."""
+        factor = 2 ** (len(self.vae.config.widths) - 1)
+        multiple = factor * 2 ** (len(self.unet.config.widths) - 1)
+        if width % multiple or height % multiple:
+            raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {multiple}, "
+                             "because this model's networks halve the picture so often")
+        return height // factor, width // factor
+
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """Prompts (list of B str) -> context (B, 77, width) for the UNet."""
