@@ -196,8 +196,9 @@ def test_round_trip_of_stable_diffusion_2(tmp_path, layers, used):
         model = load_stable_diffusion(path, dtype=dtype)
         assert tuple(network.config for network in loaded(model)) == configs
         for old, new in zip(before, loaded(model)):
-            assert old.state_dict().keys() == new.state_dict().keys()
-            assert all(torch.equal(tensor.to(dtype), new.state_dict()[n]) for n, tensor in old.state_dict().items())
+            state = new.state_dict()
+            assert old.state_dict().keys() == state.keys()
+            assert all(torch.equal(tensor.to(dtype), state[name]) for name, tensor in old.state_dict().items())
 
 
 def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
