@@ -4,6 +4,7 @@ With a LoRA, the base model's pictures and the LoRA's are drawn from the same no
 --export-lora writes the LoRA in another form, --merge the whole model with it; neither needs a prompt.
 """
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,12 @@ def parse(arguments):
                              "kohya (and AUTOMATIC1111, ComfyUI)")
     parser.add_argument("--merge", default="", metavar="FILE", help="write a complete model with the LoRA in it, "
                         "one .safetensors file, each tensor in its dtype in --weights")
-    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x file or folder (the shipped one)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x or 2.x file, diffusers folder "
+                        "or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (0)")
     parser.add_argument("--steps", type=int, help="denoising steps (20 for the shipped model, 50 at 512 pixels)")
+    parser.add_argument("--size", default="", help="of the pictures, WIDTHxHEIGHT in pixels like 768x512, or one "
+                        "number for both; multiples of 64, of 16 for the shipped model (what it was trained on)")
     parser.add_argument("--guidance", type=float, help="classifier-free (2 for the shipped model, 5 at 512 pixels)")
     parser.add_argument("--batch", type=int, help="pictures at a time (32 for the shipped model, 1 at 512 pixels)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
@@ -66,6 +70,8 @@ def parse(arguments):
     for name in ("guidance", "scale"):
         if getattr(args, name) is not None and not np.isfinite(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: expected a number")
+    if args.size and not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", args.size):
+        raise InputError(f"--size {args.size}: expected WIDTHxHEIGHT in pixels, like 768x512, or one number for both")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out {args.out}: a file; expected a folder")
     return args
@@ -86,6 +92,8 @@ def main(arguments=None):
     device, out = pick_device(args.device), Path(args.out)
     model = load_stable_diffusion(args.weights, device, getattr(torch, args.dtype))
     print(model.report)
+    width, _, height = args.size.partition("x")
+    latent_size = model.latent_shape(int(width), int(height or width)) if args.size else model.latent_size
     layers = load_lora(args.lora, model.unet, args.scale) if args.lora else {}
     steps, guidance, batch = (given if given is not None else (small if model.image_size < SD_SIZE else real)
                               for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
@@ -95,7 +103,7 @@ def main(arguments=None):
           + (f", {len(layers)} LoRA layers at scale {args.scale:g}" if layers else ""))
 
     def draw(part):
-        return sample_trajectories(policy, prompts[part], seeds[part], batch, model.latent_size, whole=False).images
+        return sample_trajectories(policy, prompts[part], seeds[part], batch, latent_size, whole=False).images
 
     images, base = [], []
     with tqdm(total=len(prompts), unit="picture") as bar:

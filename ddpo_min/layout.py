@@ -5,6 +5,7 @@ where diffusers nests them (down_blocks.0.resnets.0, ...); the functions below p
 """
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+OPENCLIP = "cond_stage_model.model."        # the text encoder of Stable Diffusion 2.x
 
 RESBLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
             "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -68,10 +69,21 @@ def vae_prefixes(levels, layers):
     return pairs
 
 
+def openclip_prefixes(layers):
+    """OpenCLIP -> transformers prefixes of a text encoder, whose in_proj_weight and _bias are q, k and v in one."""
+    pairs = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm",
+             "positional_embedding": "text_model.embeddings.position_embedding.weight"}
+    for i in range(layers):
+        for a, b in (("ln_1", "layer_norm1"), ("attn", "self_attn"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+                     ("mlp.c_proj", "mlp.fc2")):
+            pairs[f"transformer.resblocks.{i}.{a}"] = f"text_model.encoder.layers.{i}.{b}"
+    return pairs
+
+
 def rename(name, pairs):
-    """Replace the longest prefix of a dotted name found in `pairs`; the name itself if there is none."""
+    """Replace the longest prefix of a dotted name, or all of it, found in `pairs`; the name itself if there is none."""
     parts = name.split(".")
-    for n in range(len(parts) - 1, 0, -1):
+    for n in range(len(parts), 0, -1):
         head = ".".join(parts[:n])
         if head in pairs:
             return ".".join([pairs[head], *parts[n:]])

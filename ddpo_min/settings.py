@@ -18,7 +18,7 @@ class Settings:
     algorithm: str = "ddpo_is"      # ddpo_is (clipped ratio), ddpo_sf (REINFORCE), rwr, rwr_sparse (weighted denoising)
     trainable: str = "lora"         # lora, or full: the whole UNet [full]
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
-    weights: str = ""               # a Stable Diffusion 1.x file or diffusers folder; empty is the shipped model
+    weights: str = ""               # a Stable Diffusion 1.x or 2.x file, diffusers folder or Hub name; empty: the shipped one
     preset: str = ""                # a set of values, "list" shows them all; empty chooses by --weights and --algorithm
     # Sampling: the denoising process is the policy
     samples: int = 256              # pictures drawn an epoch [256]

@@ -1,7 +1,7 @@
-"""CLIP's text encoder as Stable Diffusion 1.x uses it: token ids (B, 77) -> one vector a token (B, 77, width).
+"""CLIP's text encoder as Stable Diffusion uses it: token ids (B, 77) -> one vector a token (B, 77, width).
 
 Stable Diffusion does not pool: the UNet's cross-attention reads every token after the final LayerNorm, padding included.
-Names are the transformers checkpoint's.
+1.x has OpenAI's CLIP, 2.x OpenCLIP's, without its last layer. Names are the transformers checkpoint's.
 """
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-END_OF_TEXT = 49407     # closes a prompt, and pads it: open_clip pads with 0, Stable Diffusion with this
+END_OF_TEXT = 49407     # closes a prompt, and in Stable Diffusion 1.x pads it; OpenCLIP, and so 2.x, pads with 0
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class TextConfig:
     layers: int = 12
     heads: int = 12
     inner: int = 3072       # width inside the MLP
+    used: int = None        # layers before the final LayerNorm, those behind are not run; None is all
+    openclip: bool = False  # OpenCLIP's exact GELU and padding instead of OpenAI's
+
+    @property
+    def padding(self):
+        """The token behind the end of a prompt."""
+        return 0 if self.openclip else END_OF_TEXT
 
 
 @lru_cache(maxsize=None)
@@ -30,14 +37,14 @@ def _tokenizer(positions):
     return SimpleTokenizer(context_length=positions)
 
 
-def tokenize(prompts, positions=77):
-    """Prompts -> token ids as Stable Diffusion expects them: start, the words, end, padded with end.
+def tokenize(prompts, positions=77, padding=END_OF_TEXT):
+    """Prompts -> token ids as Stable Diffusion expects them: start, the words, end, then padding.
 
     prompts: list of str, cut at `positions` tokens; returns int64 (B, positions).
     """
     ids = _tokenizer(positions)(list(prompts))
     end = (ids == END_OF_TEXT).int().argmax(dim=1, keepdim=True)
-    return torch.where(torch.arange(positions)[None] > end, END_OF_TEXT, ids)
+    return torch.where(torch.arange(positions)[None] > end, padding, ids)
 
 
 class Embeddings(nn.Module):
@@ -68,16 +75,17 @@ class CausalAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around OpenAI's quick GELU, x sigmoid(1.702 x)."""
+    """Two linear layers around a GELU: OpenCLIP's is exact, OpenAI's the quick one, x sigmoid(1.702 x)."""
 
-    def __init__(self, width, inner):
+    def __init__(self, width, inner, exact):
         super().__init__()
+        self.exact = exact
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x):
         h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))
+        return self.fc2(F.gelu(h) if self.exact else h * torch.sigmoid(1.702 * h))
 
 
 class EncoderLayer(nn.Module):
@@ -87,7 +95,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = CausalAttention(config.width, config.heads)
         self.layer_norm1 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config.width, config.inner)
+        self.mlp = MLP(config.width, config.inner, exact=config.openclip)
         self.layer_norm2 = nn.LayerNorm(config.width)
 
     def forward(self, x):
@@ -96,14 +104,15 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
+    """The stack of layers, run up to `used`: Stable Diffusion 2.x reads OpenCLIP's last but one."""
 
     def __init__(self, config):
         super().__init__()
+        self.used = config.used
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
     def forward(self, x):
-        for layer in self.layers:
+        for layer in self.layers[:self.used]:
             x = layer(x)
         return x
 

@@ -26,6 +26,12 @@ class UNetConfig:
     context_width: int = 768                        # width of the text encoder's output
     heads: int = 8                                  # attention heads, on every level
     groups: int = 32                                # of every GroupNorm
+    head_width: int = 0                             # channels of a head instead, 64 in 2.x; 0: heads says how many
+    linear: bool = False                            # transformers begin and end with a linear layer, as in 2.x
+
+    def heads_at(self, width):
+        """Attention heads of a level with so many channels."""
+        return width // self.head_width if self.head_width else self.heads
 
 
 def timestep_embedding(t, width):
@@ -141,19 +147,24 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, read as a sequence: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, width, heads, context_width, groups):
+    def __init__(self, width, config):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)      # 1e-6 here, 1e-5 in the residual blocks
-        self.proj_in = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, context_width)])
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.linear = config.linear
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)      # 1e-6 here, 1e-5 in the residual blocks
+        self.proj_in = nn.Linear(width, width) if config.linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([
+            TransformerBlock(width, config.heads_at(width), config.context_width)])
+        self.proj_out = nn.Linear(width, width) if config.linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x, context):
         height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)                  # (B, H*W, C)
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        h = h.flatten(2).transpose(1, 2)                                # (B, H*W, C)
+        h = self.proj_in(h) if self.linear else h
         h = self.transformer_blocks[0](h, context)
+        h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, (height, width))
-        return x + self.proj_out(h)
+        return x + (h if self.linear else self.proj_out(h))
 
 
 class Downsample(nn.Module):
@@ -186,8 +197,7 @@ class Level(nn.Module):
         time_width = 4 * config.widths[0]
         self.resnets = nn.ModuleList(ResBlock(i, width, config.groups, time_width) for i in in_widths)
         if attention:
-            self.attentions = nn.ModuleList(
-                SpatialTransformer(width, config.heads, config.context_width, config.groups) for _ in in_widths)
+            self.attentions = nn.ModuleList(SpatialTransformer(width, config) for _ in in_widths)
         else:
             self.attentions = None
         self.downsamplers = nn.ModuleList([Downsample(width)]) if downsample else None
@@ -206,7 +216,7 @@ class MidBlock(nn.Module):
         super().__init__()
         time_width = 4 * config.widths[0]
         self.resnets = nn.ModuleList(ResBlock(width, width, config.groups, time_width) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, config.heads, config.context_width, config.groups)])
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config)])
 
     def forward(self, x, time, context):
         x = self.resnets[0](x, time)

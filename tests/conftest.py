@@ -65,7 +65,8 @@ def their_unet(c, **more):
         in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.widths, layers_per_block=c.layers,
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]],
-        cross_attention_dim=c.context_width, attention_head_dim=c.heads, norm_num_groups=c.groups, **more))
+        cross_attention_dim=c.context_width, norm_num_groups=c.groups, use_linear_projection=c.linear,
+        attention_head_dim=[w // c.head_width for w in c.widths] if c.head_width else c.heads, **more))
 
 
 def their_vae(c):
@@ -83,5 +84,6 @@ def their_text(c):
     from transformers import CLIPTextConfig, CLIPTextModel
     return randomise(CLIPTextModel(CLIPTextConfig(
         vocab_size=c.vocabulary, hidden_size=c.width, intermediate_size=c.inner, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, max_position_embeddings=c.positions, hidden_act="quick_gelu",
+        num_attention_heads=c.heads, max_position_embeddings=c.positions,
+        hidden_act="gelu" if c.openclip else "quick_gelu",
         bos_token_id=0, eos_token_id=1, pad_token_id=1)))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import randomise, tiny_networks
 from ddpo_min.files import InputError
 from ddpo_min.lora import TARGETS, LoRALinear, add_lora, load_lora, lora_state, save_lora
-from ddpo_min.unet import UNet
+from ddpo_min.unet import UNet, UNetConfig
 
 
 def base(dtype=torch.float64):
@@ -112,6 +112,28 @@ def test_at_the_size_of_stable_diffusion_rank_4_trains_797184_parameters():
     trainable = [p for p in unet.parameters() if p.requires_grad]
     assert len(layers) == 128 and sum(p.numel() for p in trainable) == 797_184
     assert {p.device.type for p in unet.parameters()} == {"meta"}
+
+
+def test_on_stable_diffusion_2_the_layers_are_the_same_and_the_output_pefts():
+    """None on the linear layers around its transformers; 829,952 parameters at its size and rank 4."""
+    two = dict(linear=True, context_width=1024, head_width=64)
+    with torch.device("meta"):
+        large = [add_lora(UNet(UNetConfig(**more)), rank=4) for more in ({}, two)]
+    assert large[0].keys() == large[1].keys()
+    assert sum(layer.lora_A.weight.numel() + layer.lora_B.weight.numel() for layer in large[1].values()) == 829_952
+
+    unet = randomise(UNet(UNetConfig(widths=(16, 32), attention=(False, True), layers=1, context_width=16, groups=8,
+                                     head_width=8, linear=True)))
+    theirs = peft.get_peft_model(copy.deepcopy(unet), peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS)))
+    before, layers = output(unet), add_lora(unet, 3, 6)
+    for name, layer in layers.items():
+        torch.nn.init.normal_(layer.lora_B.weight)
+        their_layer = theirs.base_model.model.get_submodule(name)
+        their_layer.lora_A["default"].weight.data.copy_(layer.lora_A.weight)
+        their_layer.lora_B["default"].weight.data.copy_(layer.lora_B.weight)
+    wanted = output(theirs.double().eval().base_model.model)
+    assert (wanted - before).abs().max() > 0.01
+    torch.testing.assert_close(output(unet.double()), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_but_lora_is_trained():

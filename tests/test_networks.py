@@ -17,6 +17,9 @@ UNETS = [
     UNetConfig(widths=(8, 16, 16, 24), attention=(True, True, True, False), layers=2, context_width=20, heads=2,
                groups=4),
     UNetConfig(widths=(12, 12, 24), attention=(True, False, False), layers=3, context_width=8, heads=3, groups=6),
+    # of Stable Diffusion 2.x's kind: linear layers around the transformers, heads of one width
+    UNetConfig(widths=(12, 24, 36, 36), attention=(True, True, True, False), layers=1, context_width=10, groups=6,
+               head_width=6, linear=True),
 ]
 VAES = [
     VAEConfig(widths=(8, 16, 24), layers=1, groups=4, latent_scale=0.3),
@@ -25,6 +28,7 @@ VAES = [
 TEXTS = [
     TextConfig(vocabulary=50, positions=20, width=24, layers=2, heads=3, inner=40),
     TextConfig(vocabulary=90, positions=77, width=32, layers=3, heads=8, inner=64),
+    TextConfig(vocabulary=90, positions=77, width=32, layers=2, heads=4, inner=64, openclip=True),
 ]
 
 
@@ -102,6 +106,17 @@ def test_text_encoder_is_transformers_clip(config):
         assert_same(ours(ids), theirs(ids).last_hidden_state)
 
 
+def test_what_is_used_of_a_text_encoder_goes_through_the_final_norm():
+    """transformers' output of the last layer but one, normalised: Stable Diffusion 2.x reads OpenCLIP's so."""
+    config = TextConfig(vocabulary=90, width=32, layers=3, heads=4, inner=64, used=2, openclip=True)
+    theirs = their_text(config)
+    ours = same_weights(TextEncoder(config), theirs)
+    ids = torch.randint(config.vocabulary, (2, 77), generator=torch.Generator().manual_seed(1))
+    states = theirs(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 4         # the embeddings and three layers
+    assert_same(ours(ids), ours.text_model.final_layer_norm(states[-2]))
+
+
 def test_networks_leave_their_inputs_alone():
     """Neither the UNet nor the VAE writes into a tensor it is given."""
     unet, vae = UNet(UNETS[0]).double(), VAE(VAES[0]).double()
@@ -125,6 +140,16 @@ def test_long_prompts_are_cut_to_77_tokens_and_still_closed():
     for words in (75, 76, 200):
         assert tokenize(["fox " * words])[0].tolist() == [START] + [3240] * 75 + [END]
     assert tokenize(["fox " * 74])[0].tolist() == [START] + [3240] * 74 + [END, END]
+
+
+def test_tokens_for_openclip_are_open_clips_own():
+    """Padded with 0, which is a word's id elsewhere; "!" as a word of a prompt has another id and stays itself."""
+    from open_clip import get_tokenizer
+    prompts = ["a fox", "", "wait! a fox!", "one two three four " * 40]
+    ours = tokenize(prompts, padding=TextConfig(openclip=True).padding)
+    assert torch.equal(ours, get_tokenizer("ViT-H-14")(prompts))
+    assert ours[0].tolist() == [START, 320, 3240, END] + [0] * 73
+    assert TextConfig().padding == END
 
 
 def test_tokens_are_those_of_transformers(tmp_path):

@@ -29,7 +29,7 @@ def test_line_counts_are_true(file, lines):
 
 
 def test_the_product_imports_only_the_agreed_packages():
-    agreed = {"torch", "numpy", "PIL", "open_clip", "safetensors", "tqdm", "matplotlib",
+    agreed = {"torch", "numpy", "PIL", "open_clip", "huggingface_hub", "safetensors", "tqdm", "matplotlib",
               "ddpo_min", "world", "pretrain", "rater"}
     oracles = {"diffusers", "peft"}     # in the benchmark alone, for --against diffusers
     import sys

@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import sample
@@ -162,6 +163,31 @@ def test_sample_writes_numbered_pictures_and_a_lora_at_scale_zero_changes_nothin
     assert base == off and len(set(base)) == 3
     assert all(a != b for a, b in zip(base, on))
     assert (tmp_path / "on" / "grid.png").exists()
+
+
+@pytest.mark.parametrize("size, wanted", [("24x12", (24, 12)), ("12x20", (12, 20)), ("8", (8, 8)), (None, (16, 16))])
+def test_sample_draws_pictures_of_the_size_asked_for(tiny_file, tmp_path, size, wanted):
+    """Width first; the noise is that of a latent of this shape, so what is tall is no wide picture turned over."""
+    given = [] if size is None else ["--size", size]
+    sample.main(["--weights", str(tiny_file), "--prompt", "a fox", "--num", "1", "--steps", "2", "--device", "cpu",
+                 "--out", str(tmp_path), *given])
+    image = Image.open(tmp_path / "0000.png")
+    assert image.size == wanted
+    model = load_stable_diffusion(tiny_file)
+    policy = Policy(model, ddim_steps(2), 2.0)
+    latents = sample_trajectories(policy, ["a fox"], [0], 1, (wanted[1] // 2, wanted[0] // 2))
+    assert np.array_equal(np.asarray(image), latents.images[0])
+
+
+@pytest.mark.parametrize("size, words", [
+    ("30x16", "--size 30x16: expected WIDTHxHEIGHT in pixels, multiples of 4"), ("16x30", "multiples of 4"),
+    ("0", "--size 0: expected WIDTHxHEIGHT"), ("16x", "expected WIDTHxHEIGHT"), ("16x16x16", "expected WIDTHxHEIGHT"),
+    ("-16x16", "expected WIDTHxHEIGHT"), ("wide", "expected WIDTHxHEIGHT")])
+def test_sizes_that_cannot_be_drawn_are_refused(tiny_file, tmp_path, size, words):
+    with pytest.raises(InputError, match=words):
+        sample.main(["--weights", str(tiny_file), "--prompt", "a fox", f"--size={size}", "--device", "cpu",
+                     "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_sample_draws_num_pictures_for_every_line_of_a_file(tiny_file, tmp_path):

@@ -3,11 +3,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, randomise, their_text, their_unet, their_vae
+from diffusers import DDIMScheduler
+from open_clip import get_tokenizer
 from safetensors.torch import load_file, safe_open, save_file
 
 from ddpo_min import layout
@@ -15,7 +18,7 @@ from ddpo_min.files import InputError
 from ddpo_min.text import TextConfig, TextEncoder, tokenize
 from ddpo_min.unet import UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
-from ddpo_min.weights import load_stable_diffusion, save_single_file
+from ddpo_min.weights import _original_text, load_stable_diffusion, save_single_file
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,6 +30,16 @@ TEXT = TextConfig(vocabulary=60, positions=10, width=16, layers=3, heads=4, inne
 # The structure of Stable Diffusion 1.x, and so its names, in narrow.
 NARROW = (UNetConfig(widths=(32, 64, 96, 96), context_width=24), VAEConfig(widths=(32, 64, 96, 96)),
           TextConfig(vocabulary=60, width=24, inner=48))
+
+
+# The kind of Stable Diffusion 2.x, small, its real sizes, and its names and constants in narrow.
+SMALL_2 = (UNetConfig(widths=(8, 16, 24), attention=(True, False, True), context_width=16, groups=4, head_width=4,
+                      linear=True),
+           VAE_, TextConfig(positions=10, width=16, layers=3, heads=4, inner=24, used=2, openclip=True))
+REAL_2 = (UNetConfig(context_width=1024, head_width=64, linear=True), VAEConfig(),
+          TextConfig(width=1024, layers=24, heads=16, inner=4096, used=23, openclip=True))
+NARROW_2 = (UNetConfig(widths=(64, 128, 64, 64), context_width=32, head_width=64, linear=True), NARROW[1],
+            TextConfig(width=32, layers=24, heads=16, inner=48, used=23, openclip=True))
 
 
 def networks(unet=UNET, vae=VAE_, text=TEXT, dtype=torch.float32):
@@ -41,8 +54,20 @@ def loaded(model):
 
 def real_layout(part):
     """{name: shape} of the tensors of a real Stable Diffusion 1.x file, without the part's prefix."""
-    lines = [line.split() for line in (DATA / f"sd15_{part}.txt").read_text().splitlines() if line[0] != "#"]
-    return {name: tuple(map(int, shape.split(","))) for name, shape in lines}
+    return read_layout(f"sd15_{part}.txt")
+
+
+def read_layout(file):
+    lines = [line.split(" ") for line in (DATA / file).read_text().splitlines() if line[0] != "#"]
+    return {name: tuple(map(int, "".join(shape).split(","))) if shape else () for name, *shape in lines}
+
+
+def real_layout_2(part):
+    """The same of 2.x: the UNet as its differences, the text encoder's layers once for all, all of the autoencoder."""
+    if part == "text":
+        return {name.replace("*", str(i)): shape for name, shape in read_layout("sd2_text.txt").items()
+                for i in range(24 if "*" in name else 1)}
+    return {**real_layout(part), **(read_layout("sd2_unet.txt") if part == "unet" else {})}
 
 
 def edit(source, target, change, metadata=True):
@@ -78,6 +103,20 @@ def test_default_sizes_are_stable_diffusion_1(part, build, count):
         shapes = {name: s + (1, 1) if ".attn_1." in name and len(s) == 2 else s for name, s in shapes.items()}
     assert shapes == real_layout(part)
     assert sum(p.numel() for p in network.parameters()) == count
+
+
+def test_the_sizes_of_stable_diffusion_2_give_its_names_and_shapes():
+    """As above; the text encoder less what compares with pictures. The numbers of parameters are diffusers' too."""
+    with torch.device("meta"):
+        unet, text = UNet(REAL_2[0]), TextEncoder(REAL_2[2])
+    inverse = {ours: original for original, ours in layout.unet_prefixes(unet.config.attention, 2).items()}
+    shapes = {layout.rename(name, inverse): tuple(p.shape) for name, p in unet.named_parameters()}
+    assert shapes == real_layout_2("unet")
+    shapes = {name.removeprefix("cond_stage_model.model."): tuple(p.shape) for name, p in _original_text(text).items()}
+    assert shapes == {n: s for n, s in real_layout_2("text").items() if n not in ("text_projection", "logit_scale")}
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724
+    without_the_last = [p.numel() for n, p in text.named_parameters() if ".layers.23." not in n]
+    assert sum(without_the_last) == 340_387_840
 
 
 def test_saved_file_has_the_names_of_a_real_one(tmp_path):
@@ -144,6 +183,97 @@ def test_without_metadata_the_constants_are_stable_diffusion_1s(tmp_path):
     assert (model.text_encoder.config.heads, model.vae.config.latent_scale, model.image_size) == (12, 0.18215, 512)
 
 
+# ---- Stable Diffusion 2.x in a single file
+
+@pytest.mark.parametrize("layers, used", [(3, 2), (2, None)])
+def test_round_trip_of_stable_diffusion_2(tmp_path, layers, used):
+    """Configurations and bits return, of the layer that is not used, too, where there is one; float16 and float32."""
+    path, text = tmp_path / "model.safetensors", replace(SMALL_2[2], layers=layers, used=used, vocabulary=60)
+    configs = (*SMALL_2[:2], text)
+    before = networks(*configs)
+    for dtype in (torch.float32, torch.float16):
+        save_single_file(path, *before, dtype=dtype)
+        model = load_stable_diffusion(path, dtype=dtype)
+        assert tuple(network.config for network in loaded(model)) == configs
+        for old, new in zip(before, loaded(model)):
+            state = new.state_dict()
+            assert old.state_dict().keys() == state.keys()
+            assert all(torch.equal(tensor.to(dtype), state[name]) for name, tensor in old.state_dict().items())
+
+
+def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
+    """Its state dict, whole, as the text encoder of a file; its ln_final's output with the last block taken out."""
+    from open_clip.model import CLIP
+    unet, vae, text = SMALL_2
+    theirs = randomise(CLIP(
+        12, dict(image_size=8, patch_size=4, width=8, layers=1, head_width=4),
+        dict(context_length=77, vocab_size=49408, width=text.width, heads=text.heads, layers=text.layers,
+             mlp_ratio=1.5)))
+    save_single_file(tmp_path / "a.safetensors", *networks(*SMALL_2), dtype=torch.float64)
+
+    def put_openclip(state):
+        remove("cond_stage_model.")(state)
+        state.update({f"cond_stage_model.model.{name}": tensor for name, tensor in theirs.state_dict().items()
+                      if not name.startswith("visual.")})
+        state["cond_stage_model.model.attn_mask"] = torch.zeros(77, 77)     # files of old versions have it
+
+    path = edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", put_openclip)
+    assert {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"} <= load_file(path).keys()
+    kept = []
+    theirs.ln_final.register_forward_hook(lambda module, given, output: kept.append(output))
+    theirs.transformer.resblocks = theirs.transformer.resblocks[:-1]
+    prompts = ["a fox", "two dogs on the moon", ""]
+    theirs.encode_text(get_tokenizer("ViT-H-14")(prompts))
+    ours = load_stable_diffusion(path, dtype=torch.float64).encode_prompts(prompts)
+    assert ours.shape == (3, 77, 16) and kept[0].abs().max() > 0.1
+    assert (ours - kept[0]).abs().max() < 1e-9
+
+
+def noise_through(unet):
+    """Make a UNet answer with about its input: past everything between the first convolution and the last block."""
+    last, layers, at = f"up_blocks.{len(unet.config.widths) - 1}", unet.config.layers, torch.arange(4)
+    block = f"{last}.resnets.{layers}"
+    for name, p in unet.named_parameters():
+        if name.startswith(("conv_in", "conv_out", f"{block}.conv", f"{last}.attentions.{layers}.proj_out")):
+            p.zero_()
+    unet.conv_in.weight[at, at, 1, 1] = unet.conv_out.weight[at, at, 1, 1] = 1
+    unet.get_parameter(f"{block}.conv_shortcut.weight")[at, unet.config.widths[0] + at, 0, 0] = 1
+    unet.conv_norm_out.weight.fill_(0.1)
+    unet.conv_norm_out.bias.fill_(3)        # where SiLU is nearly a straight line
+    return unet
+
+
+def test_without_metadata_a_2x_file_has_2xs_constants(tmp_path):
+    """Names are those of a real file; heads 64 wide, 16 in the text encoder, of which 23 layers are used."""
+    unet, vae, text = networks(*NARROW_2)
+    save_single_file(tmp_path / "a.safetensors", noise_through(unet), vae, text)
+    path = edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", lambda state: None, metadata=False)
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.model."}
+    names = {prefix + name: len(shape) for part, prefix in prefixes.items()
+             for name, shape in real_layout_2(part).items() if name not in ("text_projection", "logit_scale")}
+    assert {name: tensor.ndim for name, tensor in load_file(path).items()} == names
+    model = load_stable_diffusion(path)
+    assert (model.unet.config, model.vae.config, model.text_encoder.config) == NARROW_2
+    assert model.image_size == 512
+
+
+@pytest.mark.parametrize("factor, says, words", [
+    (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "v", ["predicts v, not epsilon"]),
+    (-1, "", ["answers pure noise", "seems to predict v"]), (torch.nan, "", ["answers pure noise"])])
+def test_what_does_not_predict_noise_is_refused(tmp_path, factor, says, words):
+    """By its metadata, or, if that says nothing, by what a 2.x UNet answers to noise: here, the noise times factor."""
+    unet, vae, text = networks(*SMALL_2)
+    noise_through(unet).conv_out.weight.mul_(factor)
+    save_single_file(tmp_path / "a.safetensors", unet, vae, text, image_size=64)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = {**file.metadata(), "modelspec.prediction_type": says}
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata)
+    if words:
+        assert_refused(tmp_path / "b.safetensors", [SUPPORTED, *words])
+    else:
+        load_stable_diffusion(tmp_path / "b.safetensors")
+
+
 @pytest.mark.parametrize("start", [b"\x80", b"PK"])
 def test_no_header_length_looks_like_a_pickle(single_file, tmp_path, start):
     """A safetensors file opens with the length of its header, whose first bytes can be those of a pickle or a zip."""
@@ -198,11 +328,14 @@ def old_attention_names(folder):
     save_file(state, path)
 
 
-@pytest.mark.parametrize("variant", ["plain", "fp16", "old names"])
+@pytest.mark.parametrize("variant", ["plain", "fp16", "old names", "2.x"])
 def test_diffusers_folder_gives_the_outputs_of_diffusers(tmp_path, variant):
     """Written by their save_pretrained; the constants come from its config.json files, none is the default."""
-    text = TextConfig(width=16, layers=2, heads=4, inner=24)
-    theirs = [their_unet(UNET, sample_size=6), their_vae(VAE_), their_text(text)]
+    text = TextConfig(width=16, layers=2, heads=4, inner=24, openclip=variant == "2.x")
+    unet = SMALL_2[0] if variant == "2.x" else UNET
+    theirs = [their_unet(unet, sample_size=6), their_vae(VAE_), their_text(text)]
+    if variant == "2.x":
+        DDIMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
     for network, folder in zip(theirs, ("unet", "vae", "text_encoder")):
         if variant == "fp16":
             network.half().save_pretrained(tmp_path / folder, variant="fp16")
@@ -212,7 +345,7 @@ def test_diffusers_folder_gives_the_outputs_of_diffusers(tmp_path, variant):
     if variant == "old names":
         old_attention_names(tmp_path)
     model = load_stable_diffusion(tmp_path, dtype=torch.float64)
-    assert (model.unet.config, model.vae.config, model.text_encoder.config) == (UNET, VAE_, text)
+    assert (model.unet.config, model.vae.config, model.text_encoder.config) == (unet, VAE_, text)
     assert (model.image_size, model.latent_size) == (24, 6)
 
     torch.manual_seed(1)
@@ -220,7 +353,7 @@ def test_diffusers_folder_gives_the_outputs_of_diffusers(tmp_path, variant):
     latent, image = torch.randn(2, 4, 8, 4, dtype=torch.float64), torch.rand(2, 3, 8, 16, dtype=torch.float64)
     context = model.encode_prompts(prompts)
     assert context.shape == (2, 77, 16)
-    pairs = [(context, theirs[2](tokenize(prompts)).last_hidden_state),
+    pairs = [(context, theirs[2](tokenize(prompts, padding=text.padding)).last_hidden_state),
              (model.unet(latent, t, context), theirs[0](latent, t, context).sample),
              (model.vae.moments(image)[0], theirs[1].encode(image).latent_dist.mean),
              (model.vae.decode(latent), theirs[1].decode(latent / VAE_.latent_scale).sample)]
@@ -257,7 +390,7 @@ def put(name, *shape):
     (put("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", 4, 8), ["a LoRA", "--lora"]),
     (put(FIRST_CONV, 8, 9, 3, 3), ["9 input channels", "inpainting"]),
     (put("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 8), ["Stable Diffusion XL"]),
-    (put("cond_stage_model.model.ln_final.bias", 8), ["Stable Diffusion 2.x"]),
+    (put("cond_stage_model.model.ln_final.bias", 8), ["two text encoders"]),
     (remove("first_stage_model."), ["without its autoencoder"]),
     (remove("cond_stage_model."), ["without its autoencoder or text encoder"]),
     (remove("model.", "cond_stage_model."), ["first tensor is first_stage_model.decoder.conv_in.bias"]),
@@ -355,8 +488,18 @@ def inpainting_folder(folder, single):
     return diffusers_folder(folder, single, in_channels=9)
 
 
-def sd2_folder(folder, single):
-    return diffusers_folder(folder, single, attention_head_dim=[5, 10, 20, 20])
+def folder_of_uneven_heads(folder, single):
+    return diffusers_folder(folder, single, attention_head_dim=[5, 10, 10, 20])
+
+
+def folder_of_broken_heads(folder, single):
+    return diffusers_folder(folder, single, attention_head_dim=["5"])
+
+
+def folder_that_predicts_v(folder, single):
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    return diffusers_folder(folder, single)
 
 
 def sdxl_folder(folder, single):
@@ -375,9 +518,11 @@ def sdxl_folder(folder, single):
     (folder_with_pickles, ["vae/diffusion_pytorch_model.safetensors", "found diffusion_pytorch_model.bin", SUPPORTED]),
     (folder_with_broken_config, ["unet/config.json", "not JSON"]),
     (inpainting_folder, ["9 input channels", SUPPORTED]),
-    (sd2_folder, ["2.x", SUPPORTED]),
+    (folder_of_uneven_heads, ["heads are not of one width", SUPPORTED]),
+    (folder_of_broken_heads, ["cannot be understood", SUPPORTED]),
+    (folder_that_predicts_v, ["predicts v_prediction, not epsilon", SUPPORTED]),
     (sdxl_folder, ["Stable Diffusion XL", SUPPORTED]),
-    (diffusers_folder, ["does not have Stable Diffusion 1.x's structure", SUPPORTED]),
+    (diffusers_folder, ["does not have Stable Diffusion's structure", SUPPORTED]),
 ])
 def test_wrong_paths_are_named_in_one_line(single_file, tmp_path, make, words):
     assert_refused(make(tmp_path, single_file), words)
