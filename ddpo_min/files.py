@@ -31,6 +31,11 @@ def _umask():
     return mask
 
 
+def first_line(error):
+    """The first line of an exception's message, for a message of one line."""
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
 def is_out_of_memory(error):
     """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
     return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)

@@ -2,8 +2,7 @@
 import re
 from pathlib import Path
 
-from .files import InputError
-from .rewards import first_line
+from .files import InputError, first_line
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.safetensors))?")
 

@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from .files import InputError, atomic
-from .rewards import first_line
+from .files import InputError, first_line, atomic
 from .text import tokenize
 from .weights import SHIPPED, is_small
 

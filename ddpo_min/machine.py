@@ -1,7 +1,7 @@
 """Using the machine at hand: its device, its memory, what fits and what compiles. Nothing of the algorithm is in here."""
 import torch
 
-from .files import InputError, is_out_of_memory
+from .files import InputError, first_line, is_out_of_memory
 from .rollout import decode
 
 LARGEST = 64        # pictures at a time that --batch auto starts from: more gain nothing
@@ -77,8 +77,7 @@ def compile_unet(policy, parameters, batch):
         if is_out_of_memory(error):
             raise
         policy.compiled = None
-        print(f"  --compile: does not work here, going on without ({type(error).__name__}: "
-              f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})")
+        print(f"  --compile: does not work here, going on without ({type(error).__name__}: {first_line(error)})")
 
 
 def prepare(policy, parameters, settings):

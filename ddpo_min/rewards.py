@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import InputError
+from .files import InputError, first_line
 
 
 def jpeg_kilobytes(image, quality=95):
@@ -53,11 +53,6 @@ def parse_rewards(spec, flag="--reward"):
         if name not in REWARDS and name not in JUDGED:
             find_own(name, flag)
     return weights
-
-
-def first_line(error):
-    """The first line of an exception's message, for a message of one line."""
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 @lru_cache(maxsize=None)
