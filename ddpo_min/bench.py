@@ -1,8 +1,8 @@
 """How fast, and in how much memory:  python -m ddpo_min.bench [--size sd15] [--against diffusers]
 
-One share of an epoch is sampled, scored by nothing and trained on, with the functions that train.py uses. Rates are given
-as a fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with
-random values, written first: time and memory do not depend on the values.
+One share of an epoch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as a
+fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with random
+values, written first: time and memory do not depend on the values.
 """
 import statistics
 import tempfile
@@ -27,7 +27,7 @@ from .update import ddpo_update
 from .vae import VAE
 from .weights import SHIPPED, load_stable_diffusion, save_single_file
 
-# What is timed unless flags say otherwise: a share of the laptop preset; a few steps of sd_lora's on the CPU, more on a GPU
+# What is timed unless flags say otherwise: a share of the laptop preset; a few steps of sd_lora's
 SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
              sd15=dict(samples=1, steps=2, guidance=5.0, batch=1),
              sd15_gpu=dict(samples=16, steps=10, guidance=5.0, batch=4, dtype="bfloat16"))
@@ -36,8 +36,10 @@ SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
 def parse(arguments):
     """The command line: (size, repeat, against, device, Settings)."""
     parser = OneLineParser(prog="python -m ddpo_min.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", default="shipped", choices=("shipped", "sd15"), help="the shipped model, or SD 1.5's size")
-    parser.add_argument("--against", choices=("diffusers",), help="the same work with diffusers' networks and PEFT's LoRA")
+    parser.add_argument("--size", default="shipped", choices=("shipped", "sd15"),
+                        help="the shipped model, or SD 1.5's size (shipped)")
+    parser.add_argument("--against", choices=("diffusers",),
+                        help="the same work with diffusers' networks and PEFT's LoRA")
     parser.add_argument("--repeat", type=int, default=3, help="how often; the median counts (3)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
     for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", int)):
@@ -53,7 +55,8 @@ def parse(arguments):
     size, repeat, against, device = (args.pop(name) for name in ("size", "repeat", "against", "device"))
     device = pick_device(device)
     values = SIZES[size + ("_gpu" if size == "sd15" and device.type == "cuda" else "")]
-    return size, repeat, against, device, Settings(updates=1, **{**values, **{k: v for k, v in args.items() if v is not None}})
+    given = {name: value for name, value in args.items() if value is not None}
+    return size, repeat, against, device, Settings(updates=1, **{**values, **given})
 
 
 def random_file(path):
@@ -99,7 +102,8 @@ def work(model, settings):
     with torch.device("meta"):
         unet, vae = UNet(model.unet.config), VAE(model.vae.config)
         add_lora(unet, settings.rank)
-        x_t, t, context = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, tokens, unet.config.context_width)
+        x_t, t = torch.empty(1, 4, side, side), torch.empty(1)
+        context = torch.empty(1, tokens, unet.config.context_width)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             unet(x_t, t, context)
         with FlopCounterMode(display=False) as decoding, torch.no_grad():
@@ -160,9 +164,10 @@ class Work:
         device, rng = self.parameters[0].device, np.random.default_rng(0)
         prompts, seeds = ["a fox"] * s.samples, range(s.samples)
         advantages = torch.linspace(-1, 1, s.samples, device=device)
-        sampling, path = seconds(device, lambda: sample_trajectories(policy, prompts, seeds, s.batch, policy.model.latent_size))
-        training, _ = seconds(device, lambda: ddpo_update(policy, self.parameters, self.optimizer, path, advantages, s, rng,
-                                                          lambda n: None))
+        sampling, path = seconds(device, lambda: sample_trajectories(
+            policy, prompts, seeds, s.batch, policy.model.latent_size))
+        training, _ = seconds(device, lambda: ddpo_update(
+            policy, self.parameters, self.optimizer, path, advantages, s, rng, lambda n: None))
         if keep:
             self.sampling.append(sampling)
             self.training.append(training)
@@ -171,8 +176,8 @@ class Work:
 def shown(name, times, settings, flops, ceiling):
     """One line on a phase: pictures a second, and how much of the matrix product's rate that is."""
     middle = statistics.median(times)
-    return (f"  {name:9} {settings.samples / middle:8.3f} images/s ({middle:.2f} s, {min(times):.2f} to {max(times):.2f}), "
-            f"{100 * settings.samples * flops / middle / ceiling:.0f}% of the matrix product")
+    return (f"  {name:9} {settings.samples / middle:8.3f} images/s ({middle:.2f} s, {min(times):.2f} to "
+            f"{max(times):.2f}), {100 * settings.samples * flops / middle / ceiling:.0f}% of the matrix product")
 
 
 def main(arguments=None):
@@ -182,7 +187,8 @@ def main(arguments=None):
         path = SHIPPED
         if size == "sd15":
             path = Path(folder) / "random-sd15.safetensors"
-            print(f"wrote a random file of SD 1.5's size in {seconds(device, lambda: random_file(path))[0]:.0f} s", flush=True)
+            took, _ = seconds(device, lambda: random_file(path))
+            print(f"wrote a random file of SD 1.5's size in {took:.0f} s", flush=True)
         loading, model = seconds(device, lambda: load_stable_diffusion(path, device, dtype))
         print(f"{model.report}\nloaded in {loading:.1f} s, on {device}, {settings.dtype}")
         layers = add_lora(model.unet, settings.rank)
@@ -192,8 +198,9 @@ def main(arguments=None):
         works = dict(ours=Work(policy, parameters, settings))
         if against:
             works[against] = Work(*diffusers_policy(model, settings), settings)
-        print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, {settings.batch} at a "
-              f"time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, compile {settings.compile}")
+        print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, {settings.batch} at "
+              f"a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, compile {settings.compile}",
+              flush=True)
         if size == "shipped" or device.type == "cuda":
             for each in works.values():
                 each.do(keep=False)
@@ -204,23 +211,26 @@ def main(arguments=None):
             rates.append(matrix_rate(device, dtype))
         ceiling = statistics.median(rates)
         print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
+        to_sample, to_train = work(model, settings)
         for name, each in works.items():
             print(f"{name}:")
-            for phase, times, flops in zip(("sampling", "training"), (each.sampling, each.training), work(model, settings)):
-                print(shown(phase, times, settings, flops, ceiling))
+            print(shown("sampling", each.sampling, settings, to_sample, ceiling))
+            print(shown("training", each.training, settings, to_train, ceiling))
             both = [a + b for a, b in zip(each.sampling, each.training)]
-            print(shown("together", both, settings, sum(work(model, settings)), ceiling))
+            print(shown("together", both, settings, to_sample + to_train, ceiling))
         if against:
             ratios = [(b.sampling[i] + b.training[i]) / (a.sampling[i] + a.training[i])
                       for a, b in [works.values()] for i in range(repeat)]
-            print(f"{against} takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f})")
+            print(f"{against} takes {statistics.median(ratios):.2f} times as long "
+                  f"({min(ratios):.2f} to {max(ratios):.2f})")
         if size == "sd15":
             latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
             decoding, _ = seconds(device, lambda: decode(model, latent, 1))
             a_step = (statistics.median(works["ours"].sampling) / settings.samples - decoding) / settings.steps
             a_training_step = statistics.median(works["ours"].training) / settings.samples / settings.steps
-            print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, {50 * a_training_step:.1f} s "
-                  f"to train on it: {1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
+            print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, "
+                  f"{50 * a_training_step:.1f} s to train on it: "
+                  f"{1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
         print(f"peak memory: {peak_memory_mb(device):.0f} MB" + (" with diffusers' copy" if against else ""))
         file = Path(folder) / "lora.safetensors"
         save_lora(file, layers)

@@ -51,8 +51,8 @@ def run_main(main):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing on), or another "
-              "--device or --dtype", file=sys.stderr)
+        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing on), "
+              "or another --device or --dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Using the machine at hand: its device, its memory, what fits and what compiles. Nothing of the algorithm is in here."""
+"""Using the machine at hand: its device, its memory, what fits and what compiles."""
 import torch
 
 from .files import InputError, first_line, is_out_of_memory

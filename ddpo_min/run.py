@@ -118,7 +118,8 @@ class Run:
                             ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
                             ("max_ratio_error", "ratio error {:.0e}"), ("eval_reward", "evaluation {:.3f}")):
             line += ", " + shown.format(now[name]) if name in now else ""
-        line += "".join(f", {name.removeprefix('score_')} {value:.3f}" for name, value in now.items() if name.startswith("score_"))
+        line += "".join(f", {name.removeprefix('score_')} {value:.3f}" for name, value in now.items()
+                        if name.startswith("score_"))
         return (line + ", {sampling_images_per_s:.1f} and {training_images_per_s:.1f} images/s, "
                 "{peak_memory_mb:.0f} MB").format(**now)
 

@@ -18,7 +18,7 @@ class Settings:
     algorithm: str = "ddpo_is"      # ddpo_is (clipped ratio), ddpo_sf (REINFORCE), rwr, rwr_sparse (weighted denoising)
     trainable: str = "lora"         # lora, or full: the whole UNet [full]
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
-    weights: str = ""               # a Stable Diffusion 1.x or 2.x file, diffusers folder or Hub name; empty: the shipped one
+    weights: str = ""               # Stable Diffusion 1.x or 2.x: a file, diffusers folder or Hub name; empty: shipped
     preset: str = ""                # a set of values, "list" shows them all; empty chooses by --weights and --algorithm
     # Sampling: the denoising process is the policy
     samples: int = 256              # pictures drawn an epoch [256]
@@ -275,5 +275,5 @@ def describe(s):
     share = s.samples // s.updates
     passes = 2 if s.guidance != 1 else 1
     lines.append(f"  an epoch: {s.samples} pictures x {s.steps} steps; {s.inner_epochs * s.updates} updates of {share} "
-                 f"pictures, {min(s.batch, share) or 'as many as fit'} at a time; {passes} network passes a sampling step")
+                 f"pictures, {min(s.batch, share) or 'as many as fit'} at a time; {passes} network passes a step")
     return "\n".join(lines)
