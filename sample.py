@@ -58,8 +58,8 @@ def parse(arguments):
         raise InputError("--export-lora, --merge: which LoRA? Give its file with --lora")
     if args.merge and not args.merge.endswith(".safetensors"):
         raise InputError(f"--merge {args.merge}: expected the name of a .safetensors file")
-    if args.merge and Path(args.merge).resolve() in (Path(args.weights).resolve(), Path(args.lora).resolve()):
-        raise InputError(f"--merge {args.merge}: would replace what it is made from; give another name")
+    if args.merge and Path(args.merge).exists():
+        raise InputError(f"--merge {args.merge}: is already there; give another name")
     args.num = args.num if args.num is not None else (8 if args.prompt else 1)
     for name, highest in (("num", 10_000), ("batch", 10_000), ("steps", 500)):
         value = getattr(args, name)
@@ -72,6 +72,8 @@ def parse(arguments):
             raise InputError(f"--{name} {getattr(args, name)}: expected a number")
     if args.size and not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", args.size):
         raise InputError(f"--size {args.size}: expected WIDTHxHEIGHT in pixels, like 768x512, or one number for both")
+    if args.size and max(map(int, args.size.split("x"))) > 4096:
+        raise InputError(f"--size {args.size}: expected up to 4096 pixels a side")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out {args.out}: a file; expected a folder")
     return args

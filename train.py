@@ -51,7 +51,7 @@ def main(arguments=None):
     optimizer = torch.optim.AdamW(parameters, settings.lr, (settings.beta1, settings.beta2), settings.adam_eps,
                                   settings.weight_decay)
     policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, trained.layers)
-    settings = replace(settings, batch=prepare(policy, parameters, settings))
+    settings = run.settings = replace(settings, batch=prepare(policy, parameters, settings))
     training_policy = policy if settings.guidance_in_training == "on" else replace(policy, guidance=1.0)
     statistics = PromptStatistics(settings.prompt_buffer, settings.prompt_minimum)
     share = settings.samples // settings.updates

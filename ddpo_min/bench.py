@@ -20,7 +20,7 @@ from .files import InputError, run_main
 from .lora import add_lora, load_lora, lora_state, save_lora
 from .machine import peak_memory_mb, pick_device, prepare
 from .rollout import Policy, decode, sample_trajectories
-from .settings import OneLineParser, Settings
+from .settings import OneLineParser, Settings, batch_size, check
 from .text import TextEncoder
 from .unet import UNet
 from .update import ddpo_update
@@ -42,21 +42,24 @@ def parse(arguments):
                         help="the same work with diffusers' networks and PEFT's LoRA")
     parser.add_argument("--repeat", type=int, default=3, help="how often; the median counts (3)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
-    for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", int)):
+    for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", batch_size)):
         parser.add_argument(f"--{name}", type=kind, help=f"as of train.py (shipped: {SIZES['shipped'][name]}, sd15: "
                                                          f"{SIZES['sd15'][name]}, on a GPU {SIZES['sd15_gpu'][name]})")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks (sd15 on a GPU: bfloat16)")
     for name in ("checkpointing", "compile"):
         parser.add_argument(f"--{name}", default="off", choices=("on", "off"), help="as of train.py (off)")
     args = vars(parser.parse_args(arguments))
-    for name in ("samples", "steps", "batch", "repeat"):
-        if args[name] is not None and args[name] < 1:
-            raise InputError(f"--{name} {args[name]}: expected 1 or more")
+    if args["repeat"] < 1:
+        raise InputError(f"--repeat {args['repeat']}: expected 1 or more")
+    if args["against"] and args["compile"] == "on":
+        raise InputError("--against diffusers --compile on: would compile one side only; drop one of them")
     size, repeat, against, device = (args.pop(name) for name in ("size", "repeat", "against", "device"))
     device = pick_device(device)
     values = SIZES[size + ("_gpu" if size == "sd15" and device.type == "cuda" else "")]
     given = {name: value for name, value in args.items() if value is not None}
-    return size, repeat, against, device, Settings(updates=1, **{**values, **given})
+    settings = Settings(preset="laptop", updates=1, **{**values, **given})
+    check(settings)
+    return size, repeat, against, device, settings
 
 
 def random_file(path):

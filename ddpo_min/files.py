@@ -14,8 +14,11 @@ class InputError(Exception):
 def atomic(path):
     """Give a temporary path to write to; it replaces `path` when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written there ({error.strerror}); choose another place")
     os.close(handle)
     try:
         yield Path(temporary)
@@ -38,7 +41,7 @@ def first_line(error):
 
 def is_out_of_memory(error):
     """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
-    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "alloc_failed"))
 
 
 def run_main(main):

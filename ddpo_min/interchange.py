@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .files import InputError, atomic
+from .files import InputError, atomic, first_line
 from .unet import UNet, UNetConfig
 from .weights import open_safetensors
 
@@ -50,7 +50,7 @@ def kohya_form(layers):
     state = {}
     for name, (A, B, alpha) in layers.items():
         state.update({kohya_name(name) + ".lora_down.weight": A, kohya_name(name) + ".lora_up.weight": B,
-                      kohya_name(name) + ".alpha": torch.tensor(alpha, dtype=A.dtype)})
+                      kohya_name(name) + ".alpha": exactly(alpha, A.dtype)})
     metadata = {"ss_network_module": "networks.lora"}
     for key, values in zip(("ss_network_dim", "ss_network_alpha"), ranks_and_alphas(layers)):
         value = one_or_all(values)
@@ -59,6 +59,12 @@ def kohya_form(layers):
     for width in widths & BASE_VERSIONS.keys():
         metadata["ss_base_model_version"], metadata["ss_v2"] = BASE_VERSIONS[width]
     return state, metadata
+
+
+def exactly(number, dtype):
+    """The number as a tensor of that dtype, or of float32 if it would be rounded."""
+    tensor = torch.tensor(number, dtype=dtype)
+    return tensor if tensor.item() == number else torch.tensor(number)
 
 
 def ranks_and_alphas(layers):
@@ -98,16 +104,26 @@ def common_name(layer):
     """A layer's name in a file of any form -> its kohya name, in which all forms agree."""
     if layer.startswith("lora_"):
         return layer
-    layer = layer.removeprefix("unet.").replace(".processor.", ".")     # attn1.processor.to_q: diffusers before PEFT
+    layer = layer.removeprefix("base_model.model.").removeprefix("unet.")   # the first: a folder that PEFT saved
+    layer = layer.replace(".processor.", ".")       # attn1.processor.to_q: diffusers before PEFT
     return kohya_name(layer + ".0" if layer.endswith(".to_out") else layer)
 
 
 def told_alpha(module, rank, config):
-    """The alpha of a layer by PEFT's configuration in the metadata; the rank (scale 1) if that says nothing."""
+    """The alpha of a layer by PEFT's configuration; the rank (scale 1) if that says nothing."""
     patterns = config.get("alpha_pattern") or {}
     fits = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    alpha = fits[0] if fits else config.get("lora_alpha", rank)
+    alpha = float(fits[0] if fits else config.get("lora_alpha", rank))
     return alpha * rank ** 0.5 if config.get("use_rslora") else alpha       # rslora: scale alpha / sqrt(rank)
+
+
+def peft_config(path, metadata):
+    """PEFT's configuration: from the metadata, or from adapter_config.json beside the adapter_model.safetensors."""
+    beside = Path(path).with_name("adapter_config.json")
+    text = metadata.get("lora_adapter_metadata", "{}")
+    if Path(path).name == "adapter_model.safetensors" and beside.is_file():
+        text = beside.read_text()
+    return {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
 
 
 def read_lora(path, modules):
@@ -120,11 +136,12 @@ def read_lora(path, modules):
     file = open_safetensors(path)
     metadata = dict(file.metadata() or {})
     try:
-        config = json.loads(metadata.pop("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix("unet."): value for key, value in config.items()}
-        json.loads(metadata.get("ddpo_min", "{}"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: its metadata cannot be understood ({error}); download it again")
+        config = peft_config(path, metadata)
+        told_alpha("", 1, config)
+        dict(json.loads(metadata.get("ddpo_min", "{}")).items())
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise InputError(f"{path}: its metadata cannot be understood ({first_line(error)}); get it again")
+    metadata.pop("lora_adapter_metadata", None)
     found = {}
     for name in file.keys():
         layer, part = split_name(name)

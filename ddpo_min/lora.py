@@ -47,7 +47,7 @@ class LoRALayer:
 
     @torch.no_grad()
     def merge(self):
-        """W <- W + scale B A, added in float32 and rounded once; the low-rank path is then skipped."""
+        """W <- W + scale B A, added in float32 at least and rounded once; the low-rank path is then skipped."""
         if not self.merged:
             self.weight.copy_(self.weight + self.change())
             self.merged = True
@@ -159,7 +159,7 @@ def load_lora(path, unet, scale=1.0):
 def merge_lora(path, weights, out, scale=1.0):
     """Write a complete model, `weights` with the LoRA added, in Stable Diffusion's single-file layout.
 
-    Every tensor keeps the dtype it has in `weights`; the sums are taken in float32 and rounded once.
+    Every tensor keeps the dtype it has in `weights`; the sums are taken in float32 at least and rounded once.
     """
     model = load_stable_diffusion(weights, "cpu", None)
     for layer in load_lora(path, model.unet, scale).values():

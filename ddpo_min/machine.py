@@ -39,9 +39,11 @@ def try_out(policy, parameters, batch):
     moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
     x_t = torch.zeros(batch, 4, model.latent_size, model.latent_size, device=device)
     empty = model.encode_prompts([""]).expand(batch, -1, -1)
-    policy.eps(x_t, policy.steps.t[0], empty, empty).sum().backward()
-    for p in parameters:
-        p.grad = None
+    try:
+        policy.eps(x_t, policy.steps.t[0], empty, empty).sum().backward()
+    finally:
+        for p in parameters:
+            p.grad = None
     decode(model, x_t, batch)
     del moments
 
@@ -63,15 +65,16 @@ def fitting_batch(policy, parameters, largest):
             raise InputError("--batch auto: not even one picture at a time fits into memory; try --checkpointing on, "
                              "--dtype bfloat16, or another --device")
         batch //= 2         # here, where the error no longer holds on to what it was raised in
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        device = parameters[0].device.type if parameters else "cpu"
+        if device != "cpu":
+            getattr(torch, device).empty_cache()
         print(f"  --batch auto: {2 * batch} pictures at a time do not fit into memory, trying {batch}")
 
 
 def compile_unet(policy, parameters, batch):
     """Have the policy run its network compiled, or say why it cannot and leave it as it is; changes `policy`."""
     try:
-        policy.compiled = torch.compile(policy.model.unet)
+        policy.compiled = torch.compile(policy.model.unet, dynamic=False)      # a graph for each size of group
         try_out(policy, parameters, batch)
     except Exception as error:      # of very many kinds: no compiler, a GPU too old, an unsupported Python
         if is_out_of_memory(error):
@@ -87,4 +90,6 @@ def prepare(policy, parameters, settings):
     batch = settings.batch or fitting_batch(policy, parameters, min(share, LARGEST))
     if settings.compile == "on":
         compile_unet(policy, parameters, min(batch, share))
+    if parameters[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()        # of what was tried out
     return batch

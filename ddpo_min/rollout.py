@@ -17,15 +17,15 @@ class Policy:
     model: object           # StableDiffusion
     steps: Steps
     guidance: float
-    layers: dict = field(default_factory=dict)     # its LoRA, {name: LoRALinear}, if that is what is trained
+    layers: dict = field(default_factory=dict)     # its LoRA, {name: LoRA layer}, if that is what is trained
     compiled: object = None     # torch.compile(model.unet), if wanted
 
     def predict(self, x, t, context):
         """The network's eps. Compiled, sampling runs the graph of training too: another one would round differently."""
         if self.compiled is None:
             return self.model.unet(x, t, context)
-        with torch.enable_grad():
-            eps = self.compiled(x, t, context)
+        with torch.enable_grad():       # of one order of memory, too: another one would be compiled again
+            eps = self.compiled(x.contiguous(), t.contiguous(), context.contiguous())
         return eps if torch.is_grad_enabled() else eps.detach()
 
     def eps(self, x_t, t, context, empty):

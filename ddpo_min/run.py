@@ -132,10 +132,10 @@ class Run:
         state = dict(epoch=epoch, trained={k: v.detach().cpu() for k, v in trained.state().items()},
                      optimizer=optimizer.state_dict(), statistics=statistics.state(), history=self.history,
                      random=torch.get_rng_state(), commands=self.commands)
-        with atomic(self.folder / "state.pt") as temporary:
-            torch.save(state, temporary)
         if trained.layers:      # a complete model is written at the end only: state.pt has it already
             self.save_trained(trained, epoch)
+        with atomic(self.folder / "state.pt") as temporary:
+            torch.save(state, temporary)
 
     def save_trained(self, trained, epoch, **story):
         """Write the LoRA, or the complete model, with its story."""

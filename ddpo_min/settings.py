@@ -135,7 +135,7 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _batch(text):
+def batch_size(text):
     """The value of --batch: a number, or auto, which is 0."""
     return 0 if text == "auto" else int(text)
 
@@ -158,7 +158,7 @@ def parse(arguments=None):
                                         "paper's value for Stable Diffusion.")
     texts = _help_texts()
     for field in fields(Settings):
-        kind = _batch if field.name == "batch" else field.type
+        kind = batch_size if field.name == "batch" else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
                             metavar=field.type.__name__.upper(),
                             help=f"{texts[field.name]} (default: {field.default!r})")

@@ -72,7 +72,7 @@ class TextEmbedder:
     @torch.no_grad()
     def __call__(self, texts):
         """List of B str -> list of B (tokens: list of n int, embeddings (n, width))."""
-        ids = tokenize(texts, self.encoder.config.positions)
+        ids = tokenize(texts, self.encoder.config.positions, self.encoder.config.padding)
         device = self.encoder.text_model.final_layer_norm.weight.device
         hidden = self.encoder(ids.to(device)).float().cpu()
         out = []

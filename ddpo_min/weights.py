@@ -76,7 +76,8 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
     """Load a model, strictly: every tensor of the file is used or knowingly skipped, every parameter is filled.
 
     path: a .safetensors file in the original layout, a diffusers folder, or either on the Hugging Face Hub (fetch());
-    dtype: None keeps each tensor's own. Raises InputError if it is anything else, or if it does not predict noise.
+    dtype: None keeps each tensor's own, to be written again rather than run. Raises InputError if it is anything else,
+    or if it does not predict noise.
     """
     name, path = Path(path).name, fetch(path)
     if not path.exists():
@@ -93,13 +94,13 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
         try:
             with torch.device("meta"):
                 network = build(shapes, unseen)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure ({error}); {SUPPORTED}")
         _assign(network, tensors, path, part, device, dtype)
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
-    model = StableDiffusion(*networks, image_size=int(unseen["image_size"]), report=f"{name}: " + "; ".join(lines))
-    if model.unet.config.linear and not unseen["prediction"]:
+    model = StableDiffusion(*networks, image_size=unseen["image_size"], report=f"{name}: " + "; ".join(lines))
+    if model.unet.config.linear and not unseen["prediction"] and dtype is not None:
         refuse_v_prediction(model, path)
     return model
 
@@ -113,12 +114,12 @@ def refuse_v_prediction(model, path):
     """
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
     x_t = torch.randn(1, 4, model.latent_size, model.latent_size, generator=torch.Generator().manual_seed(0))
-    out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]))
+    out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]).to(dtype))
     likeness = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
     if not likeness >= 0.5:     # nor if it is not a number
         raise InputError(f"{path}: its UNet answers pure noise with something else (correlation {likeness:.2f}), so it "
-                         "seems to predict v, as 2.x's 768-pixel models do; if not, pass it as a diffusers folder with "
-                         f"scheduler/scheduler_config.json saying epsilon; {SUPPORTED}")
+                         "seems to predict v, as 2.x's 768-pixel models do; if it does not, give it as a diffusers folder "
+                         f'whose scheduler/scheduler_config.json says "prediction_type": "epsilon"; {SUPPORTED}')
 
 
 def is_small(path):
@@ -315,15 +316,15 @@ def _open_folder(path):
         text_heads=configs["text"].get("num_attention_heads", usual["text_heads"]), text_used=0,
         openclip=configs["text"].get("hidden_act", "gelu" if usual is UNSEEN_2 else "quick_gelu") == "gelu",
         prediction=_prediction(path, configs["scheduler"].get("prediction_type")),
-        image_size=configs["unet"].get("sample_size", 64) * 2 ** (levels - 1))
+        image_size=int(configs["unet"].get("sample_size", 64) * 2 ** (levels - 1)))
     return sources, unseen
 
 
 def _config(path):
     """The content of a JSON file; empty where there is none."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not JSON ({error}); download it again")
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import random_lora_policy
 from ddpo_min import machine
 from ddpo_min.files import InputError, run_main
-from ddpo_min.rollout import sample_trajectories
+from ddpo_min.rollout import rescore, sample_trajectories
 from ddpo_min.settings import Settings, parse
 from ddpo_min.update import ddpo_update
 from test_train import arguments, assert_same_run
@@ -52,7 +52,7 @@ def needs_memory(monkeypatch, room):
     def try_out(policy, parameters, batch):
         attempts.append(batch)
         if batch > room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(machine, "try_out", try_out)
     return attempts
@@ -120,7 +120,7 @@ def test_compiled_the_network_runs_one_graph_in_both_phases(tiny_file, monkeypat
         modes.append(torch.is_grad_enabled())
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda network: compile(network, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda network, **more: compile(network, backend=backend, **more))
     machine.compile_unet(policy, parameters, 2)
     assert policy.compiled is not None and modes and all(modes)
     with torch.no_grad():
@@ -136,8 +136,40 @@ def test_compiled_the_network_runs_one_graph_in_both_phases(tiny_file, monkeypat
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_groups_of_two_sizes_keep_a_graph_each(tiny_file, monkeypatch):
+    """The smaller last group of a share must not have the others compiled again: that would be another graph."""
+    policy, _ = random_lora_policy(tiny_file, 1.0, 2)
+    compile, graphs, ran = torch.compile, [], []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        number = len(graphs)
+        return lambda *inputs: (ran.append(number), graph.forward(*inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", lambda network, **more: compile(network, backend=backend, **more))
+    policy.compiled = torch.compile(policy.model.unet, dynamic=False)
+    for _ in range(2):
+        ran.clear()
+        path = sample_trajectories(policy, ["a fox"] * 5, range(5), 3, policy.model.latent_size)
+        sampled = list(ran)
+        rescore(policy, path, 3)
+        assert ran == sampled * 2 and len(set(sampled)) == 2
+
+
+def test_a_trial_that_fails_on_its_way_back_leaves_no_gradient(tiny_file):
+    policy, parameters = random_lora_policy(tiny_file, 1.0, 2)
+
+    def broken(gradient):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    parameters[0].register_hook(broken)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        machine.try_out(policy, parameters, 2)
+    assert all(p.grad is None for p in parameters)
+
+
 def test_where_compiling_fails_the_run_says_so_and_goes_on(tiny_file, monkeypatch, capsys):
-    def compile(network):
+    def compile(network, **more):
         def broken(*inputs):
             raise AttributeError("no C compiler was found\nand a long explanation")
         return broken
@@ -152,7 +184,7 @@ def test_where_compiling_fails_the_run_says_so_and_goes_on(tiny_file, monkeypatc
 
 def test_memory_running_out_is_one_line_and_status_2(capsys):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(SystemExit) as end:
         run_main(main)
