@@ -119,7 +119,7 @@ LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse
 # What an algorithm needs that is chosen on top of a preset of another one
 ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), rwr=dict(inner_epochs=4),
                   rwr_sparse=dict(inner_epochs=4))
-FULL_LR = dict(laptop=3e-4, sd=1e-5)     # of --trainable full where the preset is for LoRA
+FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
 CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
                dtype=("float32", "bfloat16"), device=("auto", "cpu", "cuda", "mps"), trainable=("lora", "full"),
                guidance_in_training=("on", "off"), normalise=("prompt", "group", "round"), vlm_idf=("on", "off"),
