@@ -1,7 +1,7 @@
 """How fast, and in how much memory:  python -m ddpo_min.bench [--size sd15] [--against diffusers]
 
-One share of an epoch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as a
-fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with random
+One share of an epoch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as
+a fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with random
 values, written first: time and memory do not depend on the values.
 """
 import statistics
@@ -201,9 +201,9 @@ def main(arguments=None):
         works = dict(ours=Work(policy, parameters, settings))
         if against:
             works[against] = Work(*diffusers_policy(model, settings), settings)
-        print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, {settings.batch} at "
-              f"a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, compile {settings.compile}",
-              flush=True)
+        print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, "
+              f"{settings.batch} at a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, "
+              f"compile {settings.compile}", flush=True)
         if size == "shipped" or device.type == "cuda":
             for each in works.values():
                 each.do(keep=False)

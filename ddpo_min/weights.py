@@ -118,8 +118,8 @@ def refuse_v_prediction(model, path):
     likeness = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
     if not likeness >= 0.5:     # nor if it is not a number
         raise InputError(f"{path}: its UNet answers pure noise with something else (correlation {likeness:.2f}), so it "
-                         "seems to predict v, as 2.x's 768-pixel models do; if it does not, give it as a diffusers folder "
-                         f'whose scheduler/scheduler_config.json says "prediction_type": "epsilon"; {SUPPORTED}')
+                         "seems to predict v, as 2.x's 768-pixel models do; if it does not, give it as a diffusers "
+                         f'folder whose scheduler/scheduler_config.json says "prediction_type": "epsilon"; {SUPPORTED}')
 
 
 def is_small(path):
@@ -202,7 +202,8 @@ def _open_single_file(path):
     found, metadata = list(file.keys()), file.metadata() or {}
     _refuse_other_models(path, file, found)
     inside = [name[len(layout.UNET):] for name in found if name.startswith(layout.UNET)]
-    downs = sorted(int(name.split(".")[1]) for name in inside if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
+    downs = sorted(int(name.split(".")[1]) for name in inside
+                   if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
     layers = downs[0] - 1 if downs else 1
     attention = [f"input_blocks.{i * (layers + 1) + 1}.1.norm.weight" in inside for i in range(len(downs) + 1)]
     inside_vae = [name[len(layout.VAE):] for name in found if name.startswith(layout.VAE)]
@@ -395,8 +396,8 @@ def _assign(network, tensors, path, part, device, dtype):
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
-        raise InputError(f"{path}: {part} {len(tensors)} tensors, {len(missing)} missing, {len(unexpected)} unexpected; "
-                         f"the first is {(missing + unexpected)[0]}; {SUPPORTED}")
+        raise InputError(f"{path}: {part} {len(tensors)} tensors, {len(missing)} missing, {len(unexpected)} "
+                         f"unexpected; the first is {(missing + unexpected)[0]}; {SUPPORTED}")
     for name, (shape, load) in tensors.items():
         as_linear = len(shape) == 4 and len(wanted[name]) == 2 and shape[2:] == (1, 1)
         if (shape[:2] if as_linear else shape) != wanted[name]:
