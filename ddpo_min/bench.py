@@ -9,7 +9,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ddim import ddim_steps
 from .files import InputError, run_main
-from .lora import add_lora, load_lora, lora_state, save_lora
+from .interchange import read_lora
+from .lora import add_lora, lora_state, save_lora
 from .machine import peak_memory_mb, pick_device, prepare
+from .rewards import find_own
 from .rollout import Policy, decode, sample_trajectories
 from .settings import OneLineParser, Settings, batch_size, check
 from .text import TextEncoder
@@ -26,6 +27,8 @@ from .unet import UNet
 from .update import ddpo_update
 from .vae import VAE
 from .weights import SHIPPED, load_stable_diffusion, save_single_file
+
+THEIRS = Path(__file__).resolve().parent.parent / "tests" / "diffusers_side.py"
 
 # What is timed unless flags say otherwise: a share of the laptop preset; a few steps of sd_lora's
 SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
@@ -98,7 +101,7 @@ def matrix_rate(device, dtype):
     return 2 * n ** 3 / min(seconds(device, lambda: a @ a)[0] for _ in range(5))
 
 
-def work(model, settings):
+def flops(model, settings):
     """FLOPs of (sampling, training) one picture, counted on networks without memory."""
     passes = settings.steps * (1 if settings.guidance == 1 else 2)
     side, tokens = model.latent_size, model.text_encoder.config.positions
@@ -116,41 +119,13 @@ def work(model, settings):
     return passes * forward.get_total_flops() + decoding.get_total_flops(), passes * both.get_total_flops()
 
 
-def diffusers_policy(model, settings):
-    """(a Policy whose networks are diffusers', with our weights and PEFT's LoRA, its parameters)."""
+def diffusers_work(model, settings):
+    """The same on diffusers' networks, which only the tests know how to build. Raises InputError without diffusers."""
     try:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from peft import LoraConfig
-    except ImportError as error:
-        raise InputError(f"--against diffusers: {error.name} is not installed; pip install -r requirements-dev.txt")
-    c, v, device = model.unet.config, model.vae.config, model.unet.conv_in.weight.device
-    dtype, n = model.unet.conv_in.weight.dtype, len(v.widths)
-    unet = UNet2DConditionModel(
-        block_out_channels=c.widths, layers_per_block=c.layers, cross_attention_dim=c.context_width,
-        attention_head_dim=c.heads, norm_num_groups=c.groups,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]])
-    vae = AutoencoderKL(block_out_channels=v.widths, layers_per_block=v.layers, norm_num_groups=v.groups,
-                        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n)
-    base = {name: tensor for name, tensor in model.unet.state_dict().items() if ".lora_" not in name}
-    for network, state in ((unet, base), (vae, model.vae.state_dict())):
-        network.load_state_dict(state)
-        network.requires_grad_(False)
-        for p in network.parameters():      # .to() would warn of modules kept in float32, of which there are none
-            p.data = p.data.to(device, dtype)
-    unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian",
-                                target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    if settings.checkpointing == "on":
-        unet.enable_gradient_checkpointing()
-        unet.train()
-    decoder = SimpleNamespace(config=v, post_quant_conv=vae.post_quant_conv,
-                              decode=lambda latent: vae.decode(latent / v.latent_scale).sample)
-    policy = Policy(replace(model, vae=decoder), ddim_steps(settings.steps), settings.guidance)
-    policy.predict = lambda x, t, context: unet(x, t, encoder_hidden_states=context).sample
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    for p in parameters:
-        p.data = p.data.float()
-    return policy, parameters
+        build = find_own(f"{THEIRS}:diffusers_policy", "--against")
+    except InputError as error:
+        raise InputError(f"{error}; pip install -r requirements-dev.txt")
+    return Work(*build(model, settings), settings)
 
 
 class Work:
@@ -176,11 +151,11 @@ class Work:
             self.training.append(training)
 
 
-def shown(name, times, settings, flops, ceiling):
+def shown(name, times, settings, operations, ceiling):
     """One line on a phase: pictures a second, and how much of the matrix product's rate that is."""
     middle = statistics.median(times)
     return (f"  {name:9} {settings.samples / middle:8.3f} images/s ({middle:.2f} s, {min(times):.2f} to "
-            f"{max(times):.2f}), {100 * settings.samples * flops / middle / ceiling:.0f}% of the matrix product")
+            f"{max(times):.2f}), {100 * settings.samples * operations / middle / ceiling:.0f}% of the matrix product")
 
 
 def main(arguments=None):
@@ -200,7 +175,7 @@ def main(arguments=None):
         settings = replace(settings, batch=prepare(policy, parameters, settings))
         works = dict(ours=Work(policy, parameters, settings))
         if against:
-            works[against] = Work(*diffusers_policy(model, settings), settings)
+            works[against] = diffusers_work(model, settings)
         print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, "
               f"{settings.batch} at a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, "
               f"compile {settings.compile}", flush=True)
@@ -214,7 +189,7 @@ def main(arguments=None):
             rates.append(matrix_rate(device, dtype))
         ceiling = statistics.median(rates)
         print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
-        to_sample, to_train = work(model, settings)
+        to_sample, to_train = flops(model, settings)
         for name, each in works.items():
             print(f"{name}:")
             print(shown("sampling", each.sampling, settings, to_sample, ceiling))
@@ -234,13 +209,13 @@ def main(arguments=None):
             print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, "
                   f"{50 * a_training_step:.1f} s to train on it: "
                   f"{1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
-        print(f"peak memory: {peak_memory_mb(device):.0f} MB" + (" with diffusers' copy" if against else ""))
         file = Path(folder) / "lora.safetensors"
         save_lora(file, layers)
-        before = [p.detach().clone() for p in parameters]
-        again = load_lora(file, load_stable_diffusion(path, device, dtype).unet)
-        same = all(torch.equal(a, b) for a, b in zip(before, lora_state(again).values()))
+        again, _ = read_lora(file, list(layers))
+        same = all(torch.equal(own.weight.cpu(), read) for name, layer in layers.items()
+                   for own, read in zip((layer.lora_A, layer.lora_B), again[name]))
         print("LoRA saved and read back: " + ("the same to the last bit" if same else "NOT THE SAME"))
+        print(f"peak memory: {peak_memory_mb(device):.0f} MB" + (" with diffusers' copy" if against else ""))
 
 
 if __name__ == "__main__":

@@ -111,19 +111,26 @@ def common_name(layer):
 
 def told_alpha(module, rank, config):
     """The alpha of a layer by PEFT's configuration; the rank (scale 1) if that says nothing."""
-    patterns = config.get("alpha_pattern") or {}
-    fits = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    alpha = float(fits[0] if fits else config.get("lora_alpha", rank))
-    return alpha * rank ** 0.5 if config.get("use_rslora") else alpha       # rslora: scale alpha / sqrt(rank)
+    patterns, usual, rslora = config
+    fits = [alpha for pattern, alpha in patterns if pattern.match(module)]
+    alpha = fits[0] if fits else float(rank) if usual is None else usual
+    return alpha * rank ** 0.5 if rslora else alpha         # rslora: scale alpha / sqrt(rank)
 
 
 def peft_config(path, metadata):
-    """PEFT's configuration: from the metadata, or from adapter_config.json beside the adapter_model.safetensors."""
+    """What PEFT's configuration says of alpha: ([(pattern of names, alpha)], the others' alpha or None, rslora or not).
+
+    It stands in the metadata, or in adapter_config.json beside the adapter_model.safetensors. Raises ValueError,
+    TypeError, AttributeError or re.error if it makes no sense.
+    """
     beside = Path(path).with_name("adapter_config.json")
     text = metadata.get("lora_adapter_metadata", "{}")
     if Path(path).name == "adapter_model.safetensors" and beside.is_file():
         text = beside.read_text()
-    return {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+    config = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
+                for pattern, alpha in (config.get("alpha_pattern") or {}).items()]
+    return patterns, float(config["lora_alpha"]) if "lora_alpha" in config else None, bool(config.get("use_rslora"))
 
 
 def read_lora(path, modules):
@@ -137,7 +144,6 @@ def read_lora(path, modules):
     metadata = dict(file.metadata() or {})
     try:
         config = peft_config(path, metadata)
-        told_alpha("", 1, config)
         dict(json.loads(metadata.get("ddpo_min", "{}")).items())
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"{path}: its metadata cannot be understood ({first_line(error)}); get it again")

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from .files import InputError, first_line, atomic
+from .files import InputError, atomic, first_line
 from .text import tokenize
 from .weights import SHIPPED, is_small
 
@@ -158,7 +158,7 @@ def laion_head_path():
         try:
             with atomic(path) as temporary:
                 temporary.write_bytes(content)
-        except OSError as error:
+        except (InputError, OSError) as error:
             raise InputError(f"{path}: cannot be written ({error}); download {LAION_URL} and give it with "
                              "--aesthetic-head")
     return path

@@ -65,7 +65,7 @@ def fitting_batch(policy, parameters, largest):
             raise InputError("--batch auto: not even one picture at a time fits into memory; try --checkpointing on, "
                              "--dtype bfloat16, or another --device")
         batch //= 2         # here, where the error no longer holds on to what it was raised in
-        device = parameters[0].device.type if parameters else "cpu"
+        device = parameters[0].device.type
         if device != "cpu":
             getattr(torch, device).empty_cache()
         print(f"  --batch auto: {2 * batch} pictures at a time do not fit into memory, trying {batch}")

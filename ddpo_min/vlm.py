@@ -16,9 +16,7 @@ from PIL import Image
 from .files import InputError
 from .prompts import find_prompts
 from .rewards import find_own
-from .text import tokenize
-
-END = 49407     # CLIP's mark behind a text, and Stable Diffusion's padding
+from .text import END_OF_TEXT, tokenize
 
 
 def check(settings):
@@ -77,7 +75,7 @@ class TextEmbedder:
         hidden = self.encoder(ids.to(device)).float().cpu()
         out = []
         for row, states in zip(ids, hidden):
-            length = int((row == END).nonzero()[0])         # the first end mark; the start mark is at 0
+            length = int((row == END_OF_TEXT).nonzero()[0])         # the first end mark; the start mark is at 0
             out.append((row[1:length].tolist(), states[1:length]))
         return out
 

@@ -60,23 +60,14 @@ def randomise(network, seed=0):
 
 def their_unet(c, **more):
     """diffusers' UNet with the sizes of a UNetConfig, random."""
-    from diffusers import UNet2DConditionModel
-    return randomise(UNet2DConditionModel(
-        in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.widths, layers_per_block=c.layers,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]],
-        cross_attention_dim=c.context_width, norm_num_groups=c.groups, use_linear_projection=c.linear,
-        attention_head_dim=[w // c.head_width for w in c.widths] if c.head_width else c.heads, **more))
+    from diffusers_side import diffusers_unet
+    return randomise(diffusers_unet(c, **more))
 
 
 def their_vae(c):
     """diffusers' autoencoder with the sizes of a VAEConfig, random."""
-    from diffusers import AutoencoderKL
-    n = len(c.widths)
-    return randomise(AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
-        block_out_channels=c.widths, layers_per_block=c.layers, latent_channels=c.latent_channels,
-        norm_num_groups=c.groups, scaling_factor=c.latent_scale))
+    from diffusers_side import diffusers_vae
+    return randomise(diffusers_vae(c))
 
 
 def their_text(c):

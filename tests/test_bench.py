@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from conftest import random_lora_policy
+from diffusers_side import diffusers_policy
 from ddpo_min import bench
 from ddpo_min.lora import add_lora, lora_state
 from ddpo_min.rollout import Policy, sample_trajectories
@@ -16,7 +17,7 @@ def test_diffusers_side_does_the_same_work(tiny_file):
     """Same eps, same pictures, as many trained numbers: the ratio compares like with like."""
     settings = Settings(samples=2, updates=1, steps=2, guidance=2.0)
     model = load_stable_diffusion(tiny_file)
-    theirs, trained = bench.diffusers_policy(model, settings)
+    theirs, trained = diffusers_policy(model, settings)
     ours = Policy(model, theirs.steps, 2.0)
     paths = [sample_trajectories(p, ["a fox", "a cat"], [0, 1], 2, model.latent_size) for p in (ours, theirs)]
     torch.testing.assert_close(paths[0].latents, paths[1].latents, atol=1e-4, rtol=1e-4)
@@ -50,11 +51,11 @@ def operations(unet, *inputs):
 def test_operations_are_counted_as_by_hand(tiny_file):
     model = load_stable_diffusion(tiny_file)
     by_hand = operations(model.unet, torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 77, 16))
-    sampling = [bench.work(model, Settings(steps=steps, guidance=g))[0] for steps, g in ((1, 1.0), (4, 1.0), (4, 2.0))]
+    sampling = [bench.flops(model, Settings(steps=steps, guidance=g))[0] for steps, g in ((1, 1.0), (4, 1.0), (4, 2.0))]
     passes = (sampling[1] - sampling[0]) / 3
     assert passes == pytest.approx(by_hand, rel=0.1) and passes > by_hand       # the LoRA comes on top
     assert sampling[2] - sampling[1] == pytest.approx(4 * passes)
-    training = bench.work(model, Settings(steps=4, guidance=1.0))[1]
+    training = bench.flops(model, Settings(steps=4, guidance=1.0))[1]
     assert 1.5 * 4 * passes < training < 3 * 4 * passes     # back through frozen layers: no gradient of their weights
 
 

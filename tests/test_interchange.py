@@ -132,6 +132,7 @@ def test_a_folder_that_peft_saved_is_read_with_the_configuration_beside_it(tmp_p
     {"lora_adapter_metadata": '{"unet.lora_alpha": "abc"}'}, {"lora_adapter_metadata": '{"unet.lora_alpha": null}'},
     {"lora_adapter_metadata": '{"unet.alpha_pattern": ["a"]}'},
     {"lora_adapter_metadata": '{"unet.alpha_pattern": {"*(": 2}}'},
+    {"lora_adapter_metadata": '{"unet.alpha_pattern": {"to_q": "abc"}}'},
     {"lora_adapter_metadata": "[]"}, {"ddpo_min": "[]"}, {"ddpo_min": "3"}])
 def test_metadata_that_says_nothing_sensible_is_refused_in_one_line(metadata, saved, tmp_path):
     save_file(load_file(saved[1]), tmp_path / "odd.safetensors", metadata=metadata)

@@ -60,7 +60,7 @@ def needs_memory(monkeypatch, room):
 
 def test_batch_auto_halves_until_it_fits_and_says_so(monkeypatch, capsys):
     attempts = needs_memory(monkeypatch, room=5)
-    assert machine.fitting_batch(None, None, 32) == 4
+    assert machine.fitting_batch(None, [torch.zeros(1)], 32) == 4
     assert attempts == [32, 16, 8, 4]
     assert "32 pictures at a time do not fit into memory, trying 16" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_batch_auto_halves_until_it_fits_and_says_so(monkeypatch, capsys):
 def test_batch_auto_names_what_helps_where_one_picture_is_too_much(monkeypatch):
     needs_memory(monkeypatch, room=0)
     with pytest.raises(InputError, match="--checkpointing on"):
-        machine.fitting_batch(None, None, 8)
+        machine.fitting_batch(None, [torch.zeros(1)], 8)
 
 
 def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch):
@@ -77,7 +77,7 @@ def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch):
 
     monkeypatch.setattr(machine, "try_out", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        machine.fitting_batch(None, None, 8)
+        machine.fitting_batch(None, [torch.zeros(1)], 8)
 
 
 def test_trying_out_leaves_no_gradient_and_no_random_number_behind(tiny_file):

@@ -1,0 +1,55 @@
+"""diffusers' networks in our sizes: oracles of the tests, and the other side of python -m ddpo_min.bench."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+
+from ddpo_min.ddim import ddim_steps
+from ddpo_min.lora import TARGETS
+from ddpo_min.rollout import Policy
+
+
+def diffusers_unet(c, **more):
+    """diffusers' UNet with the sizes of a UNetConfig."""
+    return UNet2DConditionModel(
+        in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.widths, layers_per_block=c.layers,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]],
+        cross_attention_dim=c.context_width, norm_num_groups=c.groups, use_linear_projection=c.linear,
+        attention_head_dim=[w // c.head_width for w in c.widths] if c.head_width else c.heads, **more)
+
+
+def diffusers_vae(c):
+    """diffusers' autoencoder with the sizes of a VAEConfig."""
+    n = len(c.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=c.widths, layers_per_block=c.layers, latent_channels=c.latent_channels,
+        norm_num_groups=c.groups, scaling_factor=c.latent_scale)
+
+
+def diffusers_policy(model, settings):
+    """(a Policy whose networks are diffusers', with our weights and PEFT's LoRA, its parameters)."""
+    device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
+    unet, vae = diffusers_unet(model.unet.config), diffusers_vae(model.vae.config)
+    base = {name: tensor for name, tensor in model.unet.state_dict().items() if ".lora_" not in name}
+    for network, state in ((unet, base), (vae, model.vae.state_dict())):
+        network.load_state_dict(state)
+        network.requires_grad_(False)
+        for p in network.parameters():      # .to() would warn of modules kept in float32, of which there are none
+            p.data = p.data.to(device, dtype)
+    unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian",
+                                target_modules=list(TARGETS)))
+    if settings.checkpointing == "on":
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    scale = model.vae.config.latent_scale
+    decoder = SimpleNamespace(config=model.vae.config, post_quant_conv=vae.post_quant_conv,
+                              decode=lambda latent: vae.decode(latent / scale).sample)
+    policy = Policy(replace(model, vae=decoder), ddim_steps(settings.steps), settings.guidance)
+    policy.predict = lambda x, t, context: unet(x, t, encoder_hidden_states=context).sample
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    return policy, parameters
