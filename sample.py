@@ -17,11 +17,11 @@ from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError, run_main
 from ddpo_min.interchange import FORMS, export_lora
 from ddpo_min.lora import load_lora, merge_lora, switched_off
-from ddpo_min.machine import pick_device
+from ddpo_min.machine import half_dtype, pick_device
 from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import Policy, sample_trajectories
-from ddpo_min.settings import OneLineParser
-from ddpo_min.weights import SD_SIZE, SHIPPED, load_stable_diffusion
+from ddpo_min.settings import DTYPES, OneLineParser
+from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion
 
 COLUMNS = 10    # pictures in a row of the grid, at most
 
@@ -48,7 +48,8 @@ def parse(arguments):
     parser.add_argument("--guidance", type=float, help="classifier-free (2 for the shipped model, 5 at 512 pixels)")
     parser.add_argument("--batch", type=int, help="pictures at a time (32 for the shipped model, 1 at 512 pixels)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (float32; of a large model on cuda bfloat16, or "
+                        "float16 where the GPU is older than that)")
     parser.add_argument("--out", default="samples", help="folder for the pictures (samples)")
     args = parser.parse_args(arguments)
     files = args.export_lora or args.merge
@@ -92,7 +93,8 @@ def main(arguments=None):
     prompts = [line for line in lines for _ in range(args.num)]
     seeds = [args.seed + i for i in range(len(prompts))]
     device, out = pick_device(args.device), Path(args.out)
-    model = load_stable_diffusion(args.weights, device, getattr(torch, args.dtype))
+    dtype = args.dtype or (half_dtype() if device.type == "cuda" and not is_small(args.weights) else "float32")
+    model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))
     print(model.report)
     width, _, height = args.size.partition("x")
     latent_size = model.latent_shape(int(width), int(height or width)) if args.size else model.latent_size

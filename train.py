@@ -20,7 +20,7 @@ from ddpo_min.rewards import Scorer, check_rewards, find_reward
 from ddpo_min.rollout import Policy, rescore, sample_trajectories
 from ddpo_min.run import Run, Trainable, resumed_settings
 from ddpo_min.settings import ON_RESUME, describe, parse
-from ddpo_min.update import advantages_of, ddpo_update, rwr_update, weights_of
+from ddpo_min.update import Optimiser, advantages_of, ddpo_update, rwr_update, weights_of
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
 
@@ -39,7 +39,7 @@ def main(arguments=None):
         raise InputError(f"--algorithm {settings.algorithm}: {settings.samples} samples are fewer than 4 for each "
                          f"of {len(trained_prompts)} prompts, too few to compare; take more --samples, or "
                          "--normalise round")
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, settings.dtype)
     run = Run(settings, arguments)
     print(describe(settings))
 
@@ -48,8 +48,7 @@ def main(arguments=None):
     torch.manual_seed(settings.seed)
     trained = Trainable(model, settings.trainable, settings.rank, run.init_lora)
     parameters = list(trained.state().values())
-    optimizer = torch.optim.AdamW(parameters, settings.lr, (settings.beta1, settings.beta2), settings.adam_eps,
-                                  settings.weight_decay)
+    optimiser = Optimiser(parameters, settings)
     policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, trained.layers)
     settings = run.settings = replace(settings, batch=prepare(policy, parameters, settings))
     training_policy = policy if settings.guidance_in_training == "on" else replace(policy, guidance=1.0)
@@ -75,7 +74,7 @@ def main(arguments=None):
 
     print(f"  {model.report}, on {device}")
     if settings.resume:
-        first = run.load(trained, optimizer, statistics)
+        first = run.load(trained, optimiser, statistics)
         run.start()
     else:
         first = 0
@@ -84,7 +83,7 @@ def main(arguments=None):
         print(f"  {settings.reward} on {settings.eval_samples} held-out seeds: {rewards.mean():.3f}; to {run.folder}/")
         run.keep_before(images, rewards, scores)
         run.show(0, images[shown])
-        run.save(0, trained, optimizer, statistics)
+        run.save(0, trained, optimiser, statistics)
 
     passes = 1 + settings.inner_epochs
     bar = tqdm(initial=first * settings.samples * passes, total=settings.epochs * settings.samples * passes,
@@ -110,15 +109,15 @@ def main(arguments=None):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs} training")
             if settings.regression:
                 weights = weights_of(prompts, rewards, settings)                                            # advantage
-                metrics = rwr_update(training_policy, parameters, optimizer, trajectories, weights,         # update
-                                     settings, rng, bar.update)
+                metrics = rwr_update(training_policy, optimiser, trajectories, weights, settings, rng,      # update
+                                     bar.update)
             else:
                 advantages = advantages_of(statistics, prompts, rewards, settings)                          # advantage
                 advantages = torch.as_tensor(advantages, dtype=torch.float32, device=device)
                 if training_policy is not policy:
                     trajectories.log_p_old = rescore(training_policy, trajectories, settings.batch, share)
-                metrics = ddpo_update(training_policy, parameters, optimizer, trajectories, advantages,     # update
-                                      settings, rng, bar.update)
+                metrics = ddpo_update(training_policy, optimiser, trajectories, advantages, settings, rng,  # update
+                                      bar.update)
             trained_at = time.time()
 
             if settings.eval_every and (epoch + 1) % settings.eval_every == 0:
@@ -131,16 +130,16 @@ def main(arguments=None):
                 reward_max=rewards.max(), **metrics, sampling_images_per_s=settings.samples / (sampled - begin),
                 training_images_per_s=settings.samples * settings.inner_epochs / (trained_at - sampled),
                 peak_memory_mb=peak_memory_mb(device))))
-            run.save(epoch + 1, trained, optimizer, statistics)
+            run.save(epoch + 1, trained, optimiser, statistics)
             finished = epoch + 1
             if finished % settings.show_every == 0 and finished < settings.epochs:
                 run.show(finished, sample([test_prompts[i] for i in shown], [test_seeds[i] for i in shown]).images)
     except KeyboardInterrupt:
-        finished = run.load(trained, optimizer, statistics)
+        finished = run.load(trained, optimiser, statistics)
         scorer.forget()
         bar.write(f"stopped after epoch {finished}; go on with --resume {run.folder} --epochs {settings.epochs}")
     except InputError as error:
-        finished = run.load(trained, optimizer, statistics)
+        finished = run.load(trained, optimiser, statistics)
         run.save_trained(trained, finished)
         raise InputError(f"{error}; {finished} finished epochs are saved, go on with --resume {run.folder}")
     finally:

@@ -21,10 +21,10 @@ from .lora import add_lora, lora_state, save_lora
 from .machine import peak_memory_mb, pick_device, prepare
 from .rewards import find_own
 from .rollout import Policy, decode, sample_trajectories
-from .settings import OneLineParser, Settings, batch_size, check
+from .settings import DTYPES, OneLineParser, Settings, batch_size, check
 from .text import TextEncoder
 from .unet import UNet
-from .update import ddpo_update
+from .update import Optimiser, ddpo_update
 from .vae import VAE
 from .weights import SHIPPED, load_stable_diffusion, save_single_file
 
@@ -48,7 +48,7 @@ def parse(arguments):
     for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", batch_size)):
         parser.add_argument(f"--{name}", type=kind, help=f"as of train.py (shipped: {SIZES['shipped'][name]}, sd15: "
                                                          f"{SIZES['sd15'][name]}, on a GPU {SIZES['sd15_gpu'][name]})")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks (sd15 on a GPU: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (sd15 on a GPU: bfloat16)")
     for name in ("checkpointing", "compile"):
         parser.add_argument(f"--{name}", default="off", choices=("on", "off"), help="as of train.py (off)")
     args = vars(parser.parse_args(arguments))
@@ -57,9 +57,10 @@ def parse(arguments):
     if args["against"] and args["compile"] == "on":
         raise InputError("--against diffusers --compile on: would compile one side only; drop one of them")
     size, repeat, against, device = (args.pop(name) for name in ("size", "repeat", "against", "device"))
-    device = pick_device(device)
-    values = SIZES[size + ("_gpu" if size == "sd15" and device.type == "cuda" else "")]
+    kind = pick_device(device).type
+    values = SIZES[size + ("_gpu" if size == "sd15" and kind == "cuda" else "")]
     given = {name: value for name, value in args.items() if value is not None}
+    device = pick_device(device, {**values, **given}.get("dtype", "float32"))
     settings = Settings(preset="laptop", updates=1, **{**values, **given})
     check(settings)
     return size, repeat, against, device, settings
@@ -132,20 +133,20 @@ class Work:
     """A share of an epoch, done again and again; keeps the seconds of each phase."""
 
     def __init__(self, policy, parameters, settings):
-        self.policy, self.parameters, self.settings = policy, parameters, settings
-        self.optimizer = torch.optim.AdamW(parameters, settings.lr)
+        self.policy, self.settings = policy, settings
+        self.optimiser = Optimiser(parameters, settings)
         self.sampling, self.training = [], []
 
     def do(self, keep=True):
         """Sample and train once; keep=False only warms up."""
         s, policy = self.settings, self.policy
-        device, rng = self.parameters[0].device, np.random.default_rng(0)
+        device, rng = self.optimiser.parameters[0].device, np.random.default_rng(0)
         prompts, seeds = ["a fox"] * s.samples, range(s.samples)
         advantages = torch.linspace(-1, 1, s.samples, device=device)
         sampling, path = seconds(device, lambda: sample_trajectories(
             policy, prompts, seeds, s.batch, policy.model.latent_size))
         training, _ = seconds(device, lambda: ddpo_update(
-            policy, self.parameters, self.optimizer, path, advantages, s, rng, lambda n: None))
+            policy, self.optimiser, path, advantages, s, rng, lambda n: None))
         if keep:
             self.sampling.append(sampling)
             self.training.append(training)

@@ -41,7 +41,9 @@ def first_line(error):
 
 def is_out_of_memory(error):
     """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
-    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "alloc_failed"))
+    texts = ("out of memory", "can't allocate memory", "alloc_failed", "invalid buffer size",    # the last: on mps
+             "unable to find an engine")                                                       # cuDNN without room
+    return any(text in str(error).lower() for text in texts)
 
 
 def run_main(main):

@@ -2,6 +2,7 @@
 
 Beside real Stable Diffusion they use the real networks; beside the shipped model their small twins in weights/.
 """
+import functools
 import hashlib
 import http.client
 import json
@@ -97,6 +98,12 @@ class ClipEye:
         return F.normalize(self.model.encode_text(self.tokenize(texts).to(self.device)).float(), dim=-1)
 
 
+@functools.lru_cache(maxsize=1)
+def clip_eye(name, weights, device):
+    """A ClipEye, the same one for every reward that asks for it."""
+    return ClipEye(name, weights, device)
+
+
 class AestheticHead(nn.Module):
     """Linear layers one after another, no activation between them: the LAION predictor with its dropout left out.
 
@@ -167,7 +174,7 @@ def laion_head_path():
 def aesthetic(settings, model, device):
     """The reward "aesthetic": the head's score of the picture's embedding, about 1 to 10; the prompt plays no part."""
     path = head_path(settings)
-    head, eye = load_head(path).to(device).eval(), ClipEye(which_clip(settings), settings.clip_weights, device)
+    head, eye = load_head(path).to(device).eval(), clip_eye(which_clip(settings), settings.clip_weights, device)
     print(f"  reward aesthetic: {path.name} on the CLIP {eye.name}")
 
     @torch.no_grad()
@@ -178,7 +185,7 @@ def aesthetic(settings, model, device):
 
 def clip(settings, model, device):
     """The reward "clip": cosine similarity of picture and prompt, -1 to 1."""
-    eye = ClipEye(which_clip(settings), settings.clip_weights, device)
+    eye = clip_eye(which_clip(settings), settings.clip_weights, device)
     print(f"  reward clip: cosine similarity by the CLIP {eye.name}")
 
     def reward(images, prompts):

@@ -7,15 +7,31 @@ from .rollout import decode
 LARGEST = 64        # pictures at a time that --batch auto starts from: more gain nothing
 
 
-def pick_device(name):
-    """The torch device of that name; auto takes cuda, then mps, then cpu. Raises InputError if it is not there."""
+def pick_device(name, dtype="float32"):
+    """The torch device of that name; auto takes cuda, then mps, then cpu.
+
+    On cuda, for the whole process: float32 products with TF32's 10-bit mantissa, as its convolutions have by default,
+    and one kind of attention with gradients and without, or rollout and training would round differently (cuDNN's is
+    picked without gradients only at some of Stable Diffusion's head widths).
+    Raises InputError if the device is not there, or has no units for the networks' dtype.
+    """
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
         name = next(d for d in ("cuda", "mps", "cpu") if there[d])
     if not there.get(name):
         raise InputError(f"--device {name}: not on this machine; expected auto, or one of "
                          f"{', '.join(d for d in there if there[d])}")
+    if name == "cuda":
+        if dtype == "bfloat16" != half_dtype():
+            raise InputError("--dtype bfloat16: this GPU is older than that; give --dtype float16")
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
+
+
+def half_dtype():
+    """The 16-bit dtype that the GPU computes fastest in."""
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def peak_memory_mb(device):
@@ -33,10 +49,13 @@ def peak_memory_mb(device):
 def try_out(policy, parameters, batch):
     """One step forward and back and one decoding of `batch` pictures, on zeros; the gradients are dropped again.
 
-    parameters: what is trained; two more tensors of each size are held meanwhile, as AdamW will.
+    parameters: what is trained; two more tensors of each size are held meanwhile, as AdamW will, and of a GPU a
+    twentieth besides, for what is not tried: memory in pieces, the reward's network.
     """
     model, device = policy.model, parameters[0].device
-    moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    held = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    if device.type == "cuda":
+        held.append(torch.empty(torch.cuda.mem_get_info(device)[1] // 20, dtype=torch.uint8, device=device))
     x_t = torch.zeros(batch, 4, model.latent_size, model.latent_size, device=device)
     empty = model.encode_prompts([""]).expand(batch, -1, -1)
     try:
@@ -45,7 +64,7 @@ def try_out(policy, parameters, batch):
         for p in parameters:
             p.grad = None
     decode(model, x_t, batch)
-    del moments
+    del held
 
 
 def fitting_batch(policy, parameters, largest):
@@ -88,6 +107,8 @@ def prepare(policy, parameters, settings):
     policy.model.unet.checkpointing = settings.checkpointing == "on"
     share = settings.samples // settings.updates
     batch = settings.batch or fitting_batch(policy, parameters, min(share, LARGEST))
+    if settings.batch and parameters[0].device.type != "cpu":
+        try_out(policy, parameters, min(batch, share))      # a full memory ends the run here, not after an hour
     if settings.compile == "on":
         compile_unet(policy, parameters, min(batch, share))
     if parameters[0].is_cuda:

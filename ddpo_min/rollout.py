@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from .ddim import Steps, ddim_step, guide
+from .files import InputError
 from .lora import switched_off
 
 
@@ -34,7 +35,8 @@ class Policy:
         x_t: (B, 4, h, w); t: an int for all, or (B,); context, empty: (B, 77, width). Returns float32 like x_t.
         """
         dtype = self.model.unet.conv_in.weight.dtype
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        if isinstance(t, int):
+            t = torch.full((len(x_t),), t, device=x_t.device)       # made there: a copy would wait for the GPU
         if self.guidance == 1:
             return self.predict(x_t.to(dtype), t, context.to(dtype)).float()
         both = self.predict(torch.cat([x_t, x_t]).to(dtype), torch.cat([t, t]), torch.cat([empty, context]).to(dtype))
@@ -106,7 +108,7 @@ def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, 
     prompts: list of N str; seeds: list of N int; batch, share: see groups(), one share if None; latent_size: side, or
     (h, w), of the latents; whole: False keeps of the latents only x_0; finished: called with every group of pictures
     and its prompts as soon as they are drawn, to score them meanwhile, and then the pictures are not kept: a round may
-    be thousands of them. Returns Trajectories.
+    be thousands of them. Returns Trajectories. Raises InputError if the network's numbers are no longer finite.
     """
     model = policy.model
     device = model.unet.conv_in.weight.device
@@ -125,6 +127,9 @@ def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, 
             x_t, log_prob = policy.step(x_t, i, context, empty, noise=noise[:, i + 1])
             path.append(x_t)
             log_p.append(log_prob)
+        if not torch.isfinite(x_t).all():
+            raise InputError("the network's predictions are not finite numbers; if --dtype is float16, it overflows: "
+                             "take bfloat16 or float32; if not, its weights or its LoRA are damaged, or --lr too large")
         latents.append(torch.stack(path if whole else path[-1:], dim=1).cpu())
         log_probs.append(torch.stack(log_p, dim=1))
         images.append(decode(model, x_t, batch))

@@ -127,10 +127,10 @@ class Run:
         with atomic(self.folder / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
-    def save(self, epoch, trained, optimizer, statistics):
+    def save(self, epoch, trained, optimiser, statistics):
         """A checkpoint after `epoch` finished epochs; prompts, seeds and shuffles are functions of (seed, epoch)."""
         state = dict(epoch=epoch, trained={k: v.detach().cpu() for k, v in trained.state().items()},
-                     optimizer=optimizer.state_dict(), statistics=statistics.state(), history=self.history,
+                     optimizer=optimiser.state_dict(), statistics=statistics.state(), history=self.history,
                      random=torch.get_rng_state(), commands=self.commands)
         if trained.layers:      # a complete model is written at the end only: state.pt has it already
             self.save_trained(trained, epoch)
@@ -143,7 +143,7 @@ class Run:
         trained.save(self.folder, reward=s.reward, epochs=epoch, steps=s.steps, guidance=s.guidance,
                      base=Path(s.weights).name or SHIPPED.name, command=" && ".join(self.commands), **story)
 
-    def load(self, trained, optimizer, statistics):
+    def load(self, trained, optimiser, statistics):
         """Go on from the last checkpoint; returns how many epochs are finished. Raises InputError if it is damaged."""
         path = self.folder / "state.pt"
         try:
@@ -157,7 +157,7 @@ class Run:
             raise InputError(f"{path}: it does not fit the model; resume with the weights the run was started with")
         for name, tensor in own.items():
             tensor.data.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
+        optimiser.load_state_dict(state["optimizer"])
         statistics.load_state(state["statistics"])
         torch.set_rng_state(state["random"])
         self.history = state["history"]

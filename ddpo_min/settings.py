@@ -57,7 +57,7 @@ class Settings:
     # Machine and files
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best there is
-    dtype: str = "float32"          # of the frozen networks: float32 or bfloat16; in float16 gradients underflow
+    dtype: str = "float32"          # of the frozen networks: float32, bfloat16, or float16 on GPUs before 2020
     checkpointing: str = "off"      # on: less memory, a third more time: activations are computed again going back
     compile: str = "off"            # on: torch.compile the UNet, for both phases; takes minutes at the start
     eval_samples: int = 180         # pictures for the figures before and after, on seeds never trained on
@@ -120,8 +120,9 @@ LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse
 ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), rwr=dict(inner_epochs=4),
                   rwr_sparse=dict(inner_epochs=4))
 FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
+DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(step_weights=("even", "paper"), algorithm=tuple(ALGORITHMS), preset=tuple(PRESETS),
-               dtype=("float32", "bfloat16"), device=("auto", "cpu", "cuda", "mps"), trainable=("lora", "full"),
+               dtype=DTYPES, device=("auto", "cpu", "cuda", "mps"), trainable=("lora", "full"),
                guidance_in_training=("on", "off"), normalise=("prompt", "group", "round"), vlm_idf=("on", "off"),
                checkpointing=("on", "off"), compile=("on", "off"))
 ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile"}      # what --resume may change

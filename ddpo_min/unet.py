@@ -159,7 +159,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, context):
         height, width = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)                                # (B, H*W, C)
+        h = h.flatten(2).transpose(1, 2).contiguous()                   # (B, H*W, C); no copy of channels_last
         h = self.proj_in(h) if self.linear else h
         h = self.transformer_blocks[0](h, context)
         h = self.proj_out(h) if self.linear else h
@@ -259,7 +259,7 @@ class UNet(nn.Module):
     def run(self, block, *inputs):
         """block(*inputs); with checkpointing only the inputs are kept for the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)    # nothing is random
         return block(*inputs)
 
     def forward(self, x_t, t, context):

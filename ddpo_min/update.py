@@ -1,4 +1,6 @@
 """What happens to a round of samples: rewards become advantages or weights, and these change the policy."""
+import math
+
 import numpy as np
 import torch
 
@@ -29,17 +31,57 @@ def weights_of(prompts, rewards, settings):
     return rwr_sparse_weights(keys, rewards, settings.percentile)
 
 
-def optimiser_step(parameters, optimizer, settings):
-    """Clip the gradient and step; returns its norm before clipping. Raises InputError if it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-    if not torch.isfinite(norm):
-        raise InputError("the gradient is no longer finite; start again with a smaller --lr")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+class Optimiser:
+    """AdamW on what is trained, with the gradient clipped.
+
+    For float16 networks the loss is scaled up before it goes back, or small gradients would round to zero; when they
+    overflow, the update is skipped and the scale halved.
+    """
+
+    def __init__(self, parameters, settings):
+        """parameters: list of float32 tensors."""
+        s = settings
+        self.parameters, self.grad_clip = parameters, s.grad_clip
+        fused = parameters[0].is_cuda or None       # the usual one needs a fifth copy of all that is trained
+        self.rule = torch.optim.AdamW(parameters, s.lr, (s.beta1, s.beta2), s.adam_eps, s.weight_decay, fused=fused)
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=s.dtype == "float16")
+
+    def backward(self, loss):
+        """Add the loss's gradient to what has gathered."""
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Clip the gathered gradient and step; returns its norm before clipping, None if the update was skipped.
+
+        Raises InputError if the gradient is not finite and a smaller scale cannot be why.
+        """
+        self.scaler.unscale_(self.rule)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip).item()
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:      # 1 without float16
+            raise InputError("the gradient is no longer finite; start again with a smaller --lr")
+        self.scaler.step(self.rule)
+        self.scaler.update()
+        self.rule.zero_grad(set_to_none=True)
+        return norm if math.isfinite(norm) else None
+
+    def state_dict(self):
+        """AdamW's state, and the scale."""
+        return {**self.rule.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Go on from state_dict()."""
+        self.rule.zero_grad(set_to_none=True)
+        self.rule.state.clear()         # before the new moments come: of a whole UNet two sets may not fit
+        self.rule.load_state_dict({name: value for name, value in state.items() if name != "scaler"})
+        self.scaler.load_state_dict(state.get("scaler", {}))
 
 
-def ddpo_update(policy, parameters, optimizer, trajectories, advantages, settings, rng, progress):
+def mean_norm(norms):
+    """The mean of what Optimiser.step() returned, 0 if every update was skipped."""
+    return np.mean([norm for norm in norms if norm is not None] or [0.0])
+
+
+def ddpo_update(policy, optimiser, trajectories, advantages, settings, rng, progress):
     """DDPO: improve the policy on one round's trajectories by settings.updates optimiser steps (times inner epochs).
 
     The gradient of an optimiser step is the mean over its share of the samples and over their denoising steps.
@@ -60,9 +102,9 @@ def ddpo_update(policy, parameters, optimizer, trajectories, advantages, setting
                 index = torch.arange(first + start, first + stop)
                 context, empty = trajectories.context(index)
                 advantage, latents = advantages[index], trajectories.latents[index].to(advantages.device)
+                log_p_before, of_steps = trajectories.log_p_old[index], []
                 for i in chosen_steps:
-                    x_t, x_prev = latents[:, i], latents[:, i + 1]
-                    log_p_old = trajectories.log_p_old[index, i]
+                    x_t, x_prev, log_p_old = latents[:, i], latents[:, i + 1], log_p_before[:, i]
                     eps = policy.eps(x_t, policy.steps.t[i], context, empty)
                     _, log_p = ddim_step(x_t, eps, policy.steps, i, x_prev=x_prev)
                     if settings.algorithm == "ddpo_is":
@@ -74,25 +116,27 @@ def ddpo_update(policy, parameters, optimizer, trajectories, advantages, setting
                         eps_base = policy.base_eps(x_t, policy.steps.t[i], context, empty)
                         kl = step_kl(eps, eps_base, w[i]).mean()
                         objective = objective + settings.kl_weight * kl
-                        kls.append((len(index), kl.item()))
-                    (objective * len(index) / (share * count)).backward()
+                        kls.append((len(index), kl.detach()))
+                    optimiser.backward(objective * len(index) / (share * count))
                     error = (ratio.detach() - 1).abs()
-                    history.append((i, len(index), loss.item(), 0.5 * ((log_p.detach() - log_p_old) ** 2).mean().item(),
-                                    (error > settings.clip_range).float().mean().item(), error.max().item()))
+                    of_steps.append(torch.stack([loss.detach(), 0.5 * ((log_p.detach() - log_p_old) ** 2).mean(),
+                                                 (error > settings.clip_range).float().mean(), error.max()]))
+                numbers = torch.stack(of_steps).tolist()        # only now: reading a number waits for the GPU
+                history.extend((i, len(index), *of_step) for i, of_step in zip(chosen_steps, numbers))
                 progress(len(index))
             if max_ratio_error is None:     # so far the policy is the one that sampled
                 max_ratio_error = max(error for *_, error in history)
-            grad_norms.append(optimiser_step(parameters, optimizer, settings))
+            grad_norms.append(optimiser.step())
     step, weight, loss, approx_kl, clipped, _ = np.array(history).T
     by_step = [float(np.average(clipped[step == i], weights=weight[step == i])) if (step == i).any() else None
                for i in range(T)]
     return dict(loss=np.average(loss, weights=weight), approx_kl=np.average(approx_kl, weights=weight),
-                clip_fraction=np.average(clipped, weights=weight), grad_norm=np.mean(grad_norms),
+                clip_fraction=np.average(clipped, weights=weight), grad_norm=mean_norm(grad_norms),
                 max_ratio_error=max_ratio_error, clip_fraction_by_step=by_step,
-                **({"kl_to_base": sum(n * kl for n, kl in kls) / sum(n for n, _ in kls)} if kls else {}))
+                **({"kl_to_base": sum(n * kl.item() for n, kl in kls) / sum(n for n, _ in kls)} if kls else {}))
 
 
-def rwr_update(policy, parameters, optimizer, trajectories, weights, settings, rng, progress):
+def rwr_update(policy, optimiser, trajectories, weights, settings, rng, progress):
     """Reward-weighted regression: settings.updates * inner_epochs optimiser steps of weighted denoising on the x_0.
 
     Each takes the next samples // updates of the samples of weight above 0, in ever new random order, each with a
@@ -115,10 +159,10 @@ def rwr_update(policy, parameters, optimizer, trajectories, weights, settings, r
             x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
             weight = torch.as_tensor(weights[chosen[start:stop]], dtype=torch.float32, device=device)
             loss = rwr_loss(policy.eps(x_t, t, context, empty), eps, weight)
-            (loss * len(index) / share).backward()
+            optimiser.backward(loss * len(index) / share)
             losses.append((len(index), loss.item()))
             progress(len(index))
-        grad_norms.append(optimiser_step(parameters, optimizer, settings))
+        grad_norms.append(optimiser.step())
     size, loss = np.array(losses).T
-    return dict(loss=np.average(loss, weights=size), grad_norm=np.mean(grad_norms),
+    return dict(loss=np.average(loss, weights=size), grad_norm=mean_norm(grad_norms),
                 effective_samples=effective_samples(weights))

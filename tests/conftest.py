@@ -32,19 +32,27 @@ def tiny_file(tmp_path_factory):
     return path
 
 
-def random_lora_policy(path, guidance, steps):
+def random_lora_policy(path, guidance, steps, dtype=torch.float32):
     """(a policy whose LoRA has random values, its parameters): for updates against gradients written by hand."""
     from ddpo_min.ddim import ddim_steps
     from ddpo_min.lora import add_lora
     from ddpo_min.rollout import Policy
     from ddpo_min.weights import load_stable_diffusion
-    model = load_stable_diffusion(path)
+    model = load_stable_diffusion(path, dtype=dtype)
     torch.manual_seed(0)
     layers = add_lora(model.unet, 2)
     parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
     for p in parameters:
         torch.nn.init.normal_(p, std=0.1)
     return Policy(model, ddim_steps(steps), guidance, layers), parameters
+
+
+def plain_descent(parameters, settings, lr=1.0):
+    """The optimiser of the updates with gradient descent in AdamW's place: at rate 1 the change is the gradient."""
+    from ddpo_min.update import Optimiser
+    optimiser = Optimiser(parameters, settings)
+    optimiser.rule = torch.optim.SGD(parameters, lr=lr)
+    return optimiser
 
 
 def randomise(network, seed=0):

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import train
-from conftest import random_lora_policy
+from conftest import plain_descent, random_lora_policy
 from ddpo_min import judges, update
 from ddpo_min.advantages import (effective_samples, group_advantages, round_advantages, rwr_sparse_weights, rwr_weights)
 from ddpo_min.ddim import ddim_mean, ddim_steps, step_weights
@@ -105,7 +105,7 @@ def test_a_regression_update_is_the_gradient_of_the_weighted_denoising_loss(tiny
     predict = policy.eps
     policy.eps = lambda x_t, t, *rest: (seen.append((x_t, t, *rest)), predict(x_t, t, *rest))[1]
     got = change_of(parameters, lambda: update.rwr_update(
-        policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, weights, settings,
+        policy, plain_descent(parameters, settings), trajectories, weights, settings,
         np.random.default_rng(0), lambda done: None))
     # The batches it drew are taken as they come; which x_0, and which noise, is worked out from x_t.
     x_t, t, context, empty = (torch.cat(column) for column in zip(*seen))
@@ -131,7 +131,7 @@ def test_the_kl_pulls_towards_the_base_model(tiny_file):
     settings = settings_from(dict(samples=8, updates=1, batch=4, steps=3, grad_clip=1e9, kl_weight=0.5, guidance=2.0))
     rest = (trajectories, torch.zeros(8), settings, np.random.default_rng(0), lambda done: None)
     got = change_of(parameters, lambda: update.ddpo_update(
-        policy, parameters, torch.optim.SGD(parameters, lr=1.0), *rest))
+        policy, plain_descent(parameters, settings), *rest))
     for p, g in zip(parameters, got):
         p.data += g
     loss, everyone = 0, torch.arange(8)
@@ -158,7 +158,7 @@ def test_a_window_of_steps_is_all_that_is_trained_on(tiny_file):
     settings = settings_from(dict(samples=8, updates=2, batch=4, steps=5, first_step=2, last_step=3))
     seen, predict = [], policy.eps
     policy.eps = lambda x_t, t, *rest: (seen.append(policy.steps.t.index(t)), predict(x_t, t, *rest))[1]
-    update.ddpo_update(policy, parameters, torch.optim.SGD(parameters, lr=0.0), trajectories, torch.ones(8), settings,
+    update.ddpo_update(policy, plain_descent(parameters, settings, lr=0.0), trajectories, torch.ones(8), settings,
                        np.random.default_rng(0), lambda done: None)
     assert seen == [1, 2, 1, 2]
 

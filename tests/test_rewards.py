@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,16 @@ def test_the_learned_aesthetic_follows_the_rule_behind_it():
     images = world.render_many(rater.RATER_SEED + 1, 300)[0]
     learned, rule = find_reward("aesthetic", Settings(), None, "cpu")(images, [""] * 300), rater.rule(images)
     assert np.corrcoef(learned, rule)[0, 1] > 0.5 and np.abs(learned - rule).mean() < 1.5
+
+
+def test_two_rewards_look_with_one_clip(monkeypatch):
+    made = []
+    monkeypatch.setattr(judges, "ClipEye", lambda *given: (made.append(given), SimpleNamespace(name="a CLIP"))[1])
+    judges.clip_eye.cache_clear()
+    for name in ("clip", "aesthetic"):
+        find_reward(name, Settings(), None, torch.device("cpu"))
+    judges.clip_eye.cache_clear()
+    assert len(made) == 1
 
 
 def test_the_rule_of_the_rater_by_hand():

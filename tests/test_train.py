@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from conftest import ROOT, random_lora_policy
+from conftest import ROOT, plain_descent, random_lora_policy
 from ddpo_min import rewards, update
 from ddpo_min.ddim import ddim_steps, step_weights
 from ddpo_min.files import InputError, atomic
@@ -111,7 +111,7 @@ def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, alg
         objective = objective + v * (advantages * log_p).sum() / (8 * 3)
     expected = torch.autograd.grad(objective, parameters)
     before = [p.detach().clone() for p in parameters]
-    update.ddpo_update(policy, parameters, torch.optim.SGD(parameters, lr=1.0), trajectories, advantages, settings,
+    update.ddpo_update(policy, plain_descent(parameters, settings), trajectories, advantages, settings,
                        np.random.default_rng(0), lambda done: None)
     largest = max(g.abs().max() for g in expected)
     assert largest > 1e-4
@@ -128,7 +128,7 @@ def test_timestep_fraction_trains_on_that_share_of_the_steps(tiny_file):
     trajectories = sample_trajectories(policy, *draw(["a cat"], 4, 0, 0), 2, model.latent_size)
     scored, eps = [], policy.eps
     policy.eps = lambda x_t, t, *rest: (scored.append(int(t)), eps(x_t, t, *rest))[1]
-    update.ddpo_update(policy, parameters, torch.optim.AdamW(parameters), trajectories, torch.ones(4), settings,
+    update.ddpo_update(policy, plain_descent(parameters, settings), trajectories, torch.ones(4), settings,
                        np.random.default_rng(0), lambda done: None)
     assert len(scored) == 4 and len(set(scored[:2])) == 2 and len(set(scored[2:])) == 2
 
@@ -202,7 +202,7 @@ def test_sample_draws_num_pictures_for_every_line_of_a_file(tiny_file, tmp_path)
     (["--samples", "10", "--updates", "4"], "--samples 10"), (["--prompt-minimum", "40"], "--prompt-minimum 40"),
     (["--eta", "0"], "--eta"), (["--steps", "501"], "--steps 501"), (["--epochs", "0"], "--epochs 0"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--timestep-fraction", "1.5"], "--timestep-fraction"),
-    (["--device", "tpu"], "tpu"), (["--dtype", "float16"], "float16"), (["--algorithm", "ddpo_sf", "--updates", "4"], "ddpo_sf"),
+    (["--device", "tpu"], "tpu"), (["--dtype", "float64"], "float64"), (["--algorithm", "ddpo_sf", "--updates", "4"], "ddpo_sf"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resume", "nowhere"], "nowhere"), (["--lr", "fast"], "fast"), (["--colour", "red"], "--colour"),
     (["--epoch", "3"], "--epoch"),
