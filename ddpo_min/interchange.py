@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .checkpoint import open_safetensors
 from .files import InputError, atomic, first_line
 from .unet import UNet, UNetConfig
-from .weights import open_safetensors
 
 FORMS = ("diffusers", "kohya")
 
