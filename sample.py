@@ -3,7 +3,6 @@
 With a LoRA, the base model's pictures and the LoRA's are drawn from the same noise and shown one above the other.
 --export-lora writes the LoRA in another form, --merge the whole model with it; neither needs a prompt.
 """
-import argparse
 import re
 from pathlib import Path
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ddim import ddim_steps
@@ -37,7 +38,7 @@ SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
 
 
 def parse(arguments):
-    """The command line: (size, repeat, against, device, Settings)."""
+    """The command line: (size, repeat, against, whether to profile, device, Settings)."""
     parser = OneLineParser(prog="python -m ddpo_min.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--size", default="shipped", choices=("shipped", "sd15"),
                         help="the shipped model, or SD 1.5's size (shipped)")
@@ -49,6 +50,7 @@ def parse(arguments):
         parser.add_argument(f"--{name}", type=kind, help=f"as of train.py (shipped: {SIZES['shipped'][name]}, sd15: "
                                                          f"{SIZES['sd15'][name]}, on a GPU {SIZES['sd15_gpu'][name]})")
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks (sd15 on a GPU: bfloat16)")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, operation by operation")
     for name in ("checkpointing", "compile"):
         parser.add_argument(f"--{name}", default="off", choices=("on", "off"), help="as of train.py (off)")
     args = vars(parser.parse_args(arguments))
@@ -56,14 +58,15 @@ def parse(arguments):
         raise InputError(f"--repeat {args['repeat']}: expected 1 or more")
     if args["against"] and args["compile"] == "on":
         raise InputError("--against diffusers --compile on: would compile one side only; drop one of them")
-    size, repeat, against, device = (args.pop(name) for name in ("size", "repeat", "against", "device"))
+    size, repeat, against, where, device = (args.pop(name)
+                                            for name in ("size", "repeat", "against", "profile", "device"))
     kind = pick_device(device).type
     values = SIZES[size + ("_gpu" if size == "sd15" and kind == "cuda" else "")]
     given = {name: value for name, value in args.items() if value is not None}
     device = pick_device(device, {**values, **given}.get("dtype", "float32"))
     settings = Settings(preset="laptop", updates=1, **{**values, **given})
     check(settings)
-    return size, repeat, against, device, settings
+    return size, repeat, against, where, device, settings
 
 
 def random_file(path):
@@ -152,15 +155,64 @@ class Work:
             self.training.append(training)
 
 
-def shown(name, times, settings, operations, ceiling):
+def rate_line(name, times, settings, operations, ceiling):
     """One line on a phase: pictures a second, and how much of the matrix product's rate that is."""
     middle = statistics.median(times)
     return (f"  {name:9} {settings.samples / middle:8.3f} images/s ({middle:.2f} s, {min(times):.2f} to "
             f"{max(times):.2f}), {100 * settings.samples * operations / middle / ceiling:.0f}% of the matrix product")
 
 
+def print_rates(works, model, settings, rates):
+    """Each side's pictures a second, then the ratio of the two if there are two, of neighbours in time."""
+    ceiling = statistics.median(rates)
+    print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
+    to_sample, to_train = flops(model, settings)
+    together = {}
+    for name, work in works.items():
+        together[name] = [a + b for a, b in zip(work.sampling, work.training)]
+        print(f"{name}:")
+        print(rate_line("sampling", work.sampling, settings, to_sample, ceiling))
+        print(rate_line("training", work.training, settings, to_train, ceiling))
+        print(rate_line("together", together[name], settings, to_sample + to_train, ceiling))
+    for name in works.keys() - {"ours"}:
+        ratios = [theirs / ours for ours, theirs in zip(together["ours"], together[name])]
+        print(f"{name} takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def print_whole_pictures(work, model):
+    """What Stable Diffusion's usual 50 steps would take, from the few that were timed."""
+    s, device = work.settings, work.optimiser.parameters[0].device
+    latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
+    decoding, _ = seconds(device, lambda: decode(model, latent, 1))
+    a_step = (statistics.median(work.sampling) / s.samples - decoding) / s.steps
+    a_training_step = statistics.median(work.training) / s.samples / s.steps
+    print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, {50 * a_training_step:.1f} s "
+          f"to train on it: {1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
+
+
+def print_profile(work):
+    """Where the time goes: torch's operations by their share of one more round, the largest first."""
+    on_gpu = work.optimiser.parameters[0].is_cuda
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
+        work.do(keep=False)
+    spent = {op.key: op.self_device_time_total if on_gpu else op.self_cpu_time_total for op in record.key_averages()}
+    total = sum(spent.values())
+    print("of the time of ours:")
+    for name in sorted(spent, key=spent.get, reverse=True)[:12]:
+        print(f"  {100 * spent[name] / total:4.1f}%  {name.removeprefix('aten::')}")
+
+
+def print_round_trip(layers, path):
+    """Save the LoRA, read it back, say whether it is the same."""
+    save_lora(path, layers)
+    again, _ = read_lora(path, list(layers))
+    same = all(torch.equal(own.weight.cpu(), read) for name, layer in layers.items()
+               for own, read in zip((layer.lora_A, layer.lora_B), again[name]))
+    print("LoRA saved and read back: " + ("the same to the last bit" if same else "NOT THE SAME"))
+
+
 def main(arguments=None):
-    size, repeat, against, device, settings = parse(arguments)
+    size, repeat, against, where, device, settings = parse(arguments)
     dtype = getattr(torch, settings.dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = SHIPPED
@@ -181,41 +233,19 @@ def main(arguments=None):
               f"{settings.batch} at a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, "
               f"compile {settings.compile}", flush=True)
         if size == "shipped" or device.type == "cuda":
-            for each in works.values():
-                each.do(keep=False)
+            for work in works.values():
+                work.do(keep=False)
         rates = [matrix_rate(device, dtype)]
         for _ in range(repeat):
-            for each in works.values():
-                each.do()
+            for work in works.values():
+                work.do()
             rates.append(matrix_rate(device, dtype))
-        ceiling = statistics.median(rates)
-        print(f"matrix product: {ceiling / 1e9:.0f} GFLOP/s ({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
-        to_sample, to_train = flops(model, settings)
-        for name, each in works.items():
-            print(f"{name}:")
-            print(shown("sampling", each.sampling, settings, to_sample, ceiling))
-            print(shown("training", each.training, settings, to_train, ceiling))
-            both = [a + b for a, b in zip(each.sampling, each.training)]
-            print(shown("together", both, settings, to_sample + to_train, ceiling))
-        if against:
-            ratios = [(b.sampling[i] + b.training[i]) / (a.sampling[i] + a.training[i])
-                      for a, b in [works.values()] for i in range(repeat)]
-            print(f"{against} takes {statistics.median(ratios):.2f} times as long "
-                  f"({min(ratios):.2f} to {max(ratios):.2f})")
+        print_rates(works, model, settings, rates)
         if size == "sd15":
-            latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
-            decoding, _ = seconds(device, lambda: decode(model, latent, 1))
-            a_step = (statistics.median(works["ours"].sampling) / settings.samples - decoding) / settings.steps
-            a_training_step = statistics.median(works["ours"].training) / settings.samples / settings.steps
-            print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, "
-                  f"{50 * a_training_step:.1f} s to train on it: "
-                  f"{1 / (50 * (a_step + a_training_step) + decoding):.4f} images/s together")
-        file = Path(folder) / "lora.safetensors"
-        save_lora(file, layers)
-        again, _ = read_lora(file, list(layers))
-        same = all(torch.equal(own.weight.cpu(), read) for name, layer in layers.items()
-                   for own, read in zip((layer.lora_A, layer.lora_B), again[name]))
-        print("LoRA saved and read back: " + ("the same to the last bit" if same else "NOT THE SAME"))
+            print_whole_pictures(works["ours"], model)
+        if where:
+            print_profile(works["ours"])
+        print_round_trip(layers, Path(folder) / "lora.safetensors")
         print(f"peak memory: {peak_memory_mb(device):.0f} MB" + (" with diffusers' copy" if against else ""))
 
 

@@ -1,4 +1,7 @@
 """Using the machine at hand: its device, its memory, what fits and what compiles."""
+import ctypes
+import sys
+
 import torch
 
 from .files import InputError, first_line, is_out_of_memory
@@ -12,7 +15,7 @@ def pick_device(name, dtype="float32"):
 
     On cuda, for the whole process: float32 products with TF32's 10-bit mantissa, as its convolutions have by default,
     and one kind of attention with gradients and without, or rollout and training would round differently (cuDNN's is
-    picked without gradients only at some of Stable Diffusion's head widths).
+    picked without gradients only at some of Stable Diffusion's head widths). On cpu: see keep_freed_memory().
     Raises InputError if the device is not there, or has no units for the networks' dtype.
     """
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
@@ -26,7 +29,25 @@ def pick_device(name, dtype="float32"):
             raise InputError("--dtype bfloat16: this GPU is older than that; give --dtype float16")
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)
+    elif name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
+
+
+def keep_freed_memory():
+    """Have Linux's usual C library, glibc, keep the memory that tensors give back, for the next ones.
+
+    As it comes, it returns every large piece to the system, which maps and clears it page by page when it is asked for
+    again: a tenth of the time. Other C libraries are left alone.
+    """
+    mmap_threshold, trim_threshold = -3, -1       # as in malloc.h
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return
+        mallopt(mmap_threshold, 2 ** 25)        # the most it takes; pieces above still come and go
+        mallopt(trim_threshold, 2 ** 31 - 1)
 
 
 def half_dtype():
@@ -40,7 +61,6 @@ def peak_memory_mb(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
         import resource
-        import sys
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     except ImportError:
         return 0.0

@@ -58,6 +58,19 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+def not_16_bit_on_cpu(x):
+    """x, in float32 if it is in 16 bits and on a CPU, where torch's attention and norms are slow in 16 bits."""
+    return x.float() if x.device.type == "cpu" and x.itemsize == 2 else x
+
+
+class GroupNorm(nn.GroupNorm):
+    """Each group of channels to mean 0 and deviation 1, then weight and bias."""
+
+    def forward(self, x):
+        y = not_16_bit_on_cpu(x)
+        return F.group_norm(y, self.num_groups, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, conv, (+ time), norm, SiLU, conv, + input: (B, in, H, W) -> (B, out, H, W).
 
@@ -66,11 +79,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, groups, time_width=None, eps=1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -96,7 +109,8 @@ class Attention(nn.Module):
     def forward(self, x, context=None):
         context = x if context is None else context
         q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out = F.scaled_dot_product_attention(q, k, v)          # (B, heads, N, C/heads)
+        q, k, v = (not_16_bit_on_cpu(y) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v).to(x.dtype)           # (B, heads, N, C/heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _split(self, y):
@@ -150,7 +164,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width, config):
         super().__init__()
         self.linear = config.linear
-        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)      # 1e-6 here, 1e-5 in the residual blocks
+        self.norm = GroupNorm(config.groups, width, eps=1e-6)      # 1e-6 here, 1e-5 in the residual blocks
         self.proj_in = nn.Linear(width, width) if config.linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([
             TransformerBlock(width, config.heads_at(width), config.context_width)])
@@ -253,7 +267,7 @@ class UNet(nn.Module):
                 below = width
             self.up_blocks.append(Level(in_widths, width, config, config.attention[i], upsample=i > 0))
 
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def run(self, block, *inputs):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .unet import Attention, ResBlock, Upsample
+from .unet import Attention, GroupNorm, ResBlock, Upsample
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VAEAttention(Attention):
 
     def __init__(self, width, groups):
         super().__init__(width, heads=1)
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = GroupNorm(groups, width, eps=1e-6)
         for name in ("to_q", "to_k", "to_v"):
             setattr(self, name, nn.Linear(width, width))
 
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
             Level(widths[max(i - 1, 0)], width, config.layers, config.groups, downsample=i < last)
             for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], config.groups)
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image):
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], width, config.layers + 1, config.groups, upsample=i < last)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):

@@ -1,4 +1,6 @@
 """The benchmark measures what it says: the same work on both sides, and as many operations as there are."""
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -60,11 +62,14 @@ def test_operations_are_counted_as_by_hand(tiny_file):
 
 
 def test_the_command_says_what_it_measured(capsys):
-    bench.main(["--samples", "2", "--batch", "2", "--steps", "1", "--repeat", "1", "--device", "cpu"])
+    bench.main(["--samples", "2", "--batch", "2", "--steps", "1", "--repeat", "1", "--device", "cpu", "--profile"])
     out = capsys.readouterr().out
     for words in ("2 pictures, 1 steps", "matrix product:", "sampling", "training", "peak memory", "to the last bit"):
         assert words in out
     assert "NOT" not in out
+    shares = [float(share) for share in re.findall(r"^ +([\d.]+)%  \S+$", out, re.M)]
+    assert len(shares) == 12 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.6
+    assert re.search(r"%  \w*convolution", out) and re.search(r"%  mm$", out, re.M)
 
 
 @pytest.mark.parametrize("arguments", [["--samples", "0"], ["--size", "sdxl"], ["--against", "trl"], ["--nonsense"]])

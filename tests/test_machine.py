@@ -316,6 +316,19 @@ def test_on_a_gpu_attention_is_of_one_kind_and_products_are_of_the_precision_of_
         torch.set_float32_matmul_precision("highest")
 
 
+def test_on_a_cpu_glibc_keeps_freed_memory_and_other_libraries_are_left_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *given: calls.append(given)))
+    machine.pick_device("cpu")
+    assert calls == [(-3, 32 * 1024 ** 2), (-1, 2 ** 31 - 1)]          # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace())
+    machine.pick_device("cpu")
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    monkeypatch.setattr(machine.ctypes, "CDLL", None)
+    machine.pick_device("cpu")
+
+
 def test_a_given_batch_is_tried_out_before_anything_is_drawn(monkeypatch):
     attempts = needs_memory(monkeypatch, room=2)
     policy = SimpleNamespace(model=SimpleNamespace(unet=SimpleNamespace()))

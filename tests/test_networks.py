@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import their_text, their_unet, their_vae
 
 from ddpo_min.text import TextConfig, TextEncoder, tokenize
-from ddpo_min.unet import UNet, UNetConfig
+from ddpo_min.unet import Attention, GroupNorm, UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
 
 START, END = 49406, 49407
@@ -168,3 +169,23 @@ def test_tokens_are_those_of_transformers(tmp_path):
                "one two three four " * 40]
     expected = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(tokenize(prompts), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_cpu_attention_and_norms_of_16_bits_run_in_32_and_are_rounded_once(dtype, monkeypatch):
+    ran, norm, attend = [], F.group_norm, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "group_norm", lambda x, *rest: (ran.append(x.dtype), norm(x, *rest))[1])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest: (ran.append(q.dtype), attend(q, *rest))[1])
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 5, 5).to(dtype)
+    layer = GroupNorm(3, 12, eps=1e-6).to(dtype)
+    layer.weight.data.normal_()
+    layer.bias.data.normal_()
+    expected = norm(x.float(), 3, layer.weight.float(), layer.bias.float(), 1e-6).to(dtype)
+    assert torch.equal(layer(x), expected) and layer(x.float()).dtype == torch.float32
+
+    layer, tokens = Attention(12, 3).to(dtype), x.flatten(2).transpose(1, 2)
+    q, k, v = (each(tokens).float().unflatten(-1, (3, 4)).transpose(1, 2) for each in (layer.to_q, layer.to_k, layer.to_v))
+    expected = ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).to(dtype).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(tokens), layer.to_out[0](expected), rtol=0.02, atol=0.02)
+    assert set(ran) == {torch.float32}
