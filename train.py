@@ -72,6 +72,16 @@ def main(arguments=None):
         sample(test_prompts, test_seeds, keep)
         return np.concatenate(images), *scorer.take()
 
+    def evaluate_meanwhile():
+        """The figures of an evaluation; none if a reward fails, for the epoch just finished must not be lost."""
+        try:
+            _, rewards, scores = evaluate()
+        except InputError as error:
+            scorer.forget()
+            bar.write(f"no evaluation this time: {error}")
+            return {}
+        return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": scores[name].mean() for name in parts})
+
     print(f"  {model.report}, on {device}")
     if settings.resume:
         first = run.load(trained, optimiser, statistics)
@@ -121,9 +131,7 @@ def main(arguments=None):
             trained_at = time.time()
 
             if settings.eval_every and (epoch + 1) % settings.eval_every == 0:
-                _, eval_rewards, eval_scores = evaluate()
-                metrics["eval_reward"] = eval_rewards.mean()
-                metrics.update({f"eval_score_{name}": eval_scores[name].mean() for name in parts})
+                metrics.update(evaluate_meanwhile())
             metrics.update({f"score_{name}": scores[name].mean() for name in parts})
             bar.write(run.log(epoch + 1, dict(                                                              # log
                 reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),

@@ -280,3 +280,15 @@ def test_every_setting_is_explained_and_every_preset_is_valid():
 def test_groups_never_cross_the_shares_of_the_updates():
     assert groups(12, 6, 4) == [(0, 4), (4, 6), (6, 10), (10, 12)]
     assert groups(5, 8, 2) == [(0, 2), (2, 4), (4, 5)]
+
+
+def test_an_evaluation_that_fails_between_costs_no_epoch(tiny_file, tmp_path, capsys):
+    """Its reward is called twice before, twice an epoch, twice an evaluation: the fifth call is the first evaluation's."""
+    (tmp_path / "fails.py").write_text("calls = []\n\n\ndef fifth(images, prompts):\n    calls.append(1)\n"
+                                       "    if len(calls) == 5:\n        raise OSError('no answer')\n"
+                                       "    return images.mean((1, 2, 3))\n")
+    train.main(arguments(tiny_file, tmp_path / "out", "--reward", f"{tmp_path}/fails.py:fifth", "--eval-every", "1",
+                         epochs=2))
+    first, second = metrics(tmp_path / "out")
+    assert "eval_reward" not in first and second["eval_reward"] > 0 and second["epoch"] == 2
+    assert "no evaluation this time: " in "".join(capsys.readouterr())
