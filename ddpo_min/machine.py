@@ -37,8 +37,8 @@ def pick_device(name, dtype="float32"):
 def keep_freed_memory():
     """Have Linux's usual C library, glibc, keep the memory that tensors give back, for the next ones.
 
-    As it comes, it returns every large piece to the system, which maps and clears it page by page when it is asked for
-    again: a tenth of the time. Other C libraries are left alone.
+    Left alone, it returns every large piece to the system, which maps and clears it page by page when it is asked for
+    again: a tenth of training's time. Other C libraries stay as they are.
     """
     mmap_threshold, trim_threshold = -3, -1       # as in malloc.h
     if sys.platform == "linux":

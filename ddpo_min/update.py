@@ -69,10 +69,11 @@ class Optimiser:
         return {**self.rule.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        """Go on from state_dict()."""
+        """Go on from state_dict(), which may come from another device."""
         self.rule.zero_grad(set_to_none=True)
         self.rule.state.clear()         # before the new moments come: of a whole UNet two sets may not fit
-        self.rule.load_state_dict({name: value for name, value in state.items() if name != "scaler"})
+        groups = [{**group, "fused": self.rule.defaults["fused"]} for group in state["param_groups"]]
+        self.rule.load_state_dict({"state": state["state"], "param_groups": groups})
         self.scaler.load_state_dict(state.get("scaler", {}))
 
 

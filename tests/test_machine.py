@@ -356,7 +356,9 @@ def test_old_moments_go_before_new_ones_come(monkeypatch):
     load, there = optimiser.rule.load_state_dict, []
     monkeypatch.setattr(optimiser.rule, "load_state_dict", lambda s: (
         there.append((len(optimiser.rule.state), parameter.grad)), load(s)))
+    state["param_groups"][0]["fused"] = True            # as if it came from a GPU
     optimiser.load_state_dict(state)
+    assert optimiser.rule.param_groups[0]["fused"] is None
     assert there == [(0, None)] and optimiser.rule.state[parameter]["step"] == 1
 
 
