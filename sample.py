@@ -91,7 +91,7 @@ def main(arguments=None):
     lines = [args.prompt] if args.prompt else find_prompts(args.prompts)
     prompts = [line for line in lines for _ in range(args.num)]
     seeds = [args.seed + i for i in range(len(prompts))]
-    device, out = pick_device(args.device), Path(args.out)
+    device, out = pick_device(args.device, args.dtype), Path(args.out)
     dtype = args.dtype or (half_dtype() if device.type == "cuda" and not is_small(args.weights) else "float32")
     model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))
     print(model.report)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.ddim import ddim_steps
-from ddpo_min.files import InputError, run_main
+from ddpo_min.files import InputError, NotFinite, run_main
 from ddpo_min.machine import peak_memory_mb, pick_device, prepare
 from ddpo_min.prompts import draw, evaluation_prompts, find_prompts, held_out
 from ddpo_min.rewards import Scorer, check_rewards, find_reward
@@ -76,6 +76,8 @@ def main(arguments=None):
         """The figures of an evaluation; none if a reward fails, for the epoch just finished must not be lost."""
         try:
             _, rewards, scores = evaluate()
+        except NotFinite:
+            raise
         except InputError as error:
             scorer.forget()
             bar.write(f"no evaluation this time: {error}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,10 +192,11 @@ def print_whole_pictures(work, model):
 def print_profile(work):
     """Where the time goes: torch's operations by their share of one more round, the largest first."""
     on_gpu = work.optimiser.parameters[0].is_cuda
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as record:
         work.do(keep=False)
-    spent = {op.key: op.self_device_time_total if on_gpu else op.self_cpu_time_total for op in record.key_averages()}
-    total = sum(spent.values())
+    operations = [op for op in record.key_averages() if op.device_type == DeviceType.CPU]      # not a GPU's kernels
+    spent = {op.key: op.self_device_time_total if on_gpu else op.self_cpu_time_total for op in operations}
+    total = sum(spent.values()) or 1        # 0 where the system forbids to profile the GPU
     print("of the time of ours:")
     for name in sorted(spent, key=spent.get, reverse=True)[:12]:
         print(f"  {100 * spent[name] / total:4.1f}%  {name.removeprefix('aten::')}")

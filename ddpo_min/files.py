@@ -10,6 +10,14 @@ class InputError(Exception):
     """Something the user gave is wrong; the message is one line that names it and says what to do."""
 
 
+class NotFinite(InputError):
+    """The network's numbers overflowed or are no numbers any more: nothing it says from here on is of use."""
+
+    def __init__(self, what):
+        super().__init__(f"{what} are not finite numbers; if --dtype is float16, it overflows: take float32, or bfloat16 "
+                         "on a GPU that has it; if not, the weights or the LoRA are damaged, or --lr is too large")
+
+
 @contextmanager
 def atomic(path):
     """Give a temporary path to write to; it replaces `path` when the block ends without an error."""

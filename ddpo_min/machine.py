@@ -26,7 +26,7 @@ def pick_device(name, dtype="float32"):
                          f"{', '.join(d for d in there if there[d])}")
     if name == "cuda":
         if dtype == "bfloat16" != half_dtype():
-            raise InputError("--dtype bfloat16: this GPU is older than that; give --dtype float16")
+            raise InputError("--dtype bfloat16: this GPU is older than that; start with --dtype float16")
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif name == "cpu":
@@ -66,15 +66,15 @@ def peak_memory_mb(device):
         return 0.0
 
 
-def try_out(policy, parameters, batch):
+def try_out(policy, parameters, batch, spare=False):
     """One step forward and back and one decoding of `batch` pictures, on zeros; the gradients are dropped again.
 
-    parameters: what is trained; two more tensors of each size are held meanwhile, as AdamW will, and of a GPU a
-    twentieth besides, for what is not tried: memory in pieces, the reward's network.
+    parameters: what is trained; two more tensors of each size are held meanwhile, as AdamW will.
+    spare: hold a twentieth of a GPU besides, for what is not tried: memory in pieces, the reward's network.
     """
     model, device = policy.model, parameters[0].device
     held = [torch.empty_like(p) for p in parameters for _ in range(2)]
-    if device.type == "cuda":
+    if spare and device.type == "cuda":
         held.append(torch.empty(torch.cuda.mem_get_info(device)[1] // 20, dtype=torch.uint8, device=device))
     x_t = torch.zeros(batch, 4, model.latent_size, model.latent_size, device=device)
     empty = model.encode_prompts([""]).expand(batch, -1, -1)
@@ -95,14 +95,14 @@ def fitting_batch(policy, parameters, largest):
     batch = largest
     while True:
         try:
-            try_out(policy, parameters, batch)
+            try_out(policy, parameters, batch, spare=True)
             return batch
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         if batch == 1:
             raise InputError("--batch auto: not even one picture at a time fits into memory; try --checkpointing on, "
-                             "--dtype bfloat16, or another --device")
+                             "a --dtype of 16 bits, or another --device")
         batch //= 2         # here, where the error no longer holds on to what it was raised in
         device = parameters[0].device.type
         if device != "cpu":
@@ -123,7 +123,10 @@ def compile_unet(policy, parameters, batch):
 
 
 def prepare(policy, parameters, settings):
-    """Do what --checkpointing, --batch auto and --compile ask for; changes `policy`, returns the batch to use."""
+    """Do what --checkpointing, --batch auto and --compile ask for; changes `policy`, returns the batch to use.
+
+    Off the CPU a batch that was given is tried out, too.
+    """
     policy.model.unet.checkpointing = settings.checkpointing == "on"
     share = settings.samples // settings.updates
     batch = settings.batch or fitting_batch(policy, parameters, min(share, LARGEST))

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from .ddim import Steps, ddim_step, guide
-from .files import InputError
+from .files import NotFinite
 from .lora import switched_off
 
 
@@ -89,7 +89,9 @@ def groups(count, share, batch):
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU, clamped and ROUNDED."""
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU, clamped and ROUNDED. Raises NotFinite."""
+    if not torch.isfinite(images).all():
+        raise NotFinite("the decoded pictures")
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -108,7 +110,7 @@ def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, 
     prompts: list of N str; seeds: list of N int; batch, share: see groups(), one share if None; latent_size: side, or
     (h, w), of the latents; whole: False keeps of the latents only x_0; finished: called with every group of pictures
     and its prompts as soon as they are drawn, to score them meanwhile, and then the pictures are not kept: a round may
-    be thousands of them. Returns Trajectories. Raises InputError if the network's numbers are no longer finite.
+    be thousands of them. Returns Trajectories. Raises NotFinite if that is what the networks' numbers are.
     """
     model = policy.model
     device = model.unet.conv_in.weight.device
@@ -128,8 +130,7 @@ def sample_trajectories(policy, prompts, seeds, batch, latent_size, share=None, 
             path.append(x_t)
             log_p.append(log_prob)
         if not torch.isfinite(x_t).all():
-            raise InputError("the network's predictions are not finite numbers; if --dtype is float16, it overflows: "
-                             "take bfloat16 or float32; if not, its weights or its LoRA are damaged, or --lr too large")
+            raise NotFinite("the network's predictions")
         latents.append(torch.stack(path if whole else path[-1:], dim=1).cpu())
         log_probs.append(torch.stack(log_p, dim=1))
         images.append(decode(model, x_t, batch))

@@ -59,7 +59,7 @@ class TimeEmbedding(nn.Module):
 
 
 def not_16_bit_on_cpu(x):
-    """x, in float32 if it is in 16 bits and on a CPU, where torch's attention and norms are slow in 16 bits."""
+    """x, in float32 if it is in 16 bits and on a CPU, where torch's attention and group norms are slow in 16."""
     return x.float() if x.device.type == "cpu" and x.itemsize == 2 else x
 
 

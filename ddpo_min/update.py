@@ -6,7 +6,7 @@ import torch
 
 from .advantages import effective_samples, group_advantages, round_advantages, rwr_sparse_weights, rwr_weights
 from .ddim import ddim_step, step_weights
-from .files import InputError
+from .files import InputError, NotFinite
 from .losses import ddpo_is_loss, ddpo_sf_loss, rwr_loss, step_kl
 from .rollout import groups, sample_noise
 from .schedule import alphas_cumprod
@@ -39,8 +39,10 @@ class Optimiser:
     """
 
     def __init__(self, parameters, settings):
-        """parameters: list of float32 tensors."""
+        """parameters: list of float32 tensors. Raises InputError for float16 on mps."""
         s = settings
+        if s.dtype == "float16" and parameters[0].device.type == "mps":
+            raise InputError("--dtype float16: torch scales no loss on mps; start with --dtype bfloat16 or float32")
         self.parameters, self.grad_clip = parameters, s.grad_clip
         fused = parameters[0].is_cuda or None       # the usual one needs a fifth copy of all that is trained
         self.rule = torch.optim.AdamW(parameters, s.lr, (s.beta1, s.beta2), s.adam_eps, s.weight_decay, fused=fused)
@@ -53,12 +55,12 @@ class Optimiser:
     def step(self):
         """Clip the gathered gradient and step; returns its norm before clipping, None if the update was skipped.
 
-        Raises InputError if the gradient is not finite and a smaller scale cannot be why.
+        Raises NotFinite if the gradient is that and a smaller scale cannot help.
         """
         self.scaler.unscale_(self.rule)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip).item()
         if not math.isfinite(norm) and self.scaler.get_scale() <= 1:      # 1 without float16
-            raise InputError("the gradient is no longer finite; start again with a smaller --lr")
+            raise NotFinite("the gradients")
         self.scaler.step(self.rule)
         self.scaler.update()
         self.rule.zero_grad(set_to_none=True)
@@ -77,9 +79,11 @@ class Optimiser:
         self.scaler.load_state_dict(state.get("scaler", {}))
 
 
-def mean_norm(norms):
-    """The mean of what Optimiser.step() returned, 0 if every update was skipped."""
-    return np.mean([norm for norm in norms if norm is not None] or [0.0])
+def of_norms(norms):
+    """The metrics of what Optimiser.step() returned: the mean norm, and how many updates were skipped, if any."""
+    taken = [norm for norm in norms if norm is not None]
+    skipped = len(norms) - len(taken)
+    return dict(grad_norm=np.mean(taken or [0.0]), **({"skipped_updates": skipped} if skipped else {}))
 
 
 def ddpo_update(policy, optimiser, trajectories, advantages, settings, rng, progress):
@@ -132,7 +136,7 @@ def ddpo_update(policy, optimiser, trajectories, advantages, settings, rng, prog
     by_step = [float(np.average(clipped[step == i], weights=weight[step == i])) if (step == i).any() else None
                for i in range(T)]
     return dict(loss=np.average(loss, weights=weight), approx_kl=np.average(approx_kl, weights=weight),
-                clip_fraction=np.average(clipped, weights=weight), grad_norm=mean_norm(grad_norms),
+                clip_fraction=np.average(clipped, weights=weight), **of_norms(grad_norms),
                 max_ratio_error=max_ratio_error, clip_fraction_by_step=by_step,
                 **({"kl_to_base": sum(n * kl.item() for n, kl in kls) / sum(n for n, _ in kls)} if kls else {}))
 
@@ -165,5 +169,5 @@ def rwr_update(policy, optimiser, trajectories, weights, settings, rng, progress
             progress(len(index))
         grad_norms.append(optimiser.step())
     size, loss = np.array(losses).T
-    return dict(loss=np.average(loss, weights=size), grad_norm=mean_norm(grad_norms),
+    return dict(loss=np.average(loss, weights=size), **of_norms(grad_norms),
                 effective_samples=effective_samples(weights))

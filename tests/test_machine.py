@@ -14,7 +14,7 @@ from ddpo_min.files import InputError, is_out_of_memory, run_main
 from ddpo_min.lora import add_lora, lora_state
 from ddpo_min.rollout import Policy, rescore, sample_trajectories
 from ddpo_min.settings import Settings, parse
-from ddpo_min.update import Optimiser, ddpo_update, mean_norm, rwr_update
+from ddpo_min.update import Optimiser, ddpo_update, of_norms, rwr_update
 from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, assert_same_run
 import train
@@ -54,7 +54,7 @@ def needs_memory(monkeypatch, room):
     """Have every attempt at more than `room` pictures end as on a full GPU; returns the attempts."""
     attempts = []
 
-    def try_out(policy, parameters, batch):
+    def try_out(policy, parameters, batch, spare=False):
         attempts.append(batch)
         if batch > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -77,7 +77,7 @@ def test_batch_auto_names_what_helps_where_one_picture_is_too_much(monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch):
-    def broken(policy, parameters, batch):
+    def broken(policy, parameters, batch, spare):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(machine, "try_out", broken)
@@ -228,7 +228,7 @@ def test_in_float16_an_update_that_overflows_is_skipped_and_the_scale_halved():
         assert parameter.grad is None and (parameter == 1).all().item() == (small_enough[-1] is None)
     assert [norm is None for norm in small_enough] == [True, True, False, False]
     assert small_enough[2:] == [pytest.approx(12 ** 0.5)] * 2 and optimiser.scaler.get_scale() == 2 ** 14
-    assert mean_norm([None, 3.0, 5.0]) == 4 and mean_norm([None]) == 0
+    assert of_norms([None, 3.0, 5.0]) == dict(grad_norm=4, skipped_updates=1) and of_norms([3.0]) == dict(grad_norm=3)
 
 
 @pytest.mark.parametrize("dtype, skipped", [("float32", 0), ("bfloat16", 0), ("float16", 16)])
@@ -239,7 +239,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(dtype, skipped):
         optimiser.backward((parameter * float("inf")).sum())
         assert optimiser.step() is None
     optimiser.backward((parameter * float("inf")).sum())
-    with pytest.raises(InputError, match="smaller --lr"):
+    with pytest.raises(InputError, match="the gradients are not finite numbers; .*--lr"):
         optimiser.step()
     assert (parameter == 1).all()
 
@@ -261,6 +261,19 @@ def test_numbers_that_are_not_finite_are_one_line_and_no_picture(tiny_file):
     parameters[-1].data[0] = float("nan")
     with pytest.raises(InputError, match="not finite numbers; .*float16"):
         sample_trajectories(policy, ["a fox"], [0], 1, policy.model.latent_size)
+
+
+def test_pictures_that_are_not_finite_are_one_line_and_not_black(tiny_file):
+    policy, _ = random_lora_policy(tiny_file, 1.0, 2)
+    policy.model.vae.post_quant_conv.weight.data *= float("inf")
+    with pytest.raises(InputError, match="decoded pictures are not finite numbers"):
+        sample_trajectories(policy, ["a fox"], [0], 1, policy.model.latent_size)
+
+
+def test_float16_is_not_trained_on_mps():
+    parameter = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(InputError, match="bfloat16 or float32"):
+        Optimiser([parameter], Settings(dtype="float16"))
 
 
 def test_every_tensor_meets_others_on_its_own_device_only(monkeypatch):
@@ -297,7 +310,7 @@ def on_a_gpu(monkeypatch, bfloat16):
 
 def test_a_gpu_without_bfloat16_is_told_about_float16(monkeypatch):
     on_a_gpu(monkeypatch, bfloat16=False)
-    with pytest.raises(InputError, match="give --dtype float16"):
+    with pytest.raises(InputError, match="start with --dtype float16"):
         machine.pick_device("auto", "bfloat16")
     assert machine.half_dtype() == "float16"
     on_a_gpu(monkeypatch, bfloat16=True)
@@ -306,6 +319,8 @@ def test_a_gpu_without_bfloat16_is_told_about_float16(monkeypatch):
 
 def test_on_a_gpu_attention_is_of_one_kind_and_products_are_of_the_precision_of_convolutions(monkeypatch):
     on_a_gpu(monkeypatch, bfloat16=True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.set_float32_matmul_precision("highest")
     try:
         machine.pick_device("cpu")
         assert torch.backends.cuda.cudnn_sdp_enabled() and torch.get_float32_matmul_precision() == "highest"

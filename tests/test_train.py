@@ -292,3 +292,21 @@ def test_an_evaluation_that_fails_between_costs_no_epoch(tiny_file, tmp_path, ca
     first, second = metrics(tmp_path / "out")
     assert "eval_reward" not in first and second["eval_reward"] > 0 and second["epoch"] == 2
     assert "no evaluation this time: " in "".join(capsys.readouterr())
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_at_the_last_good_epoch(tiny_file, tmp_path, monkeypatch):
+    """Else the weights that overflow would replace those that did not."""
+    step, count = update.Optimiser.step, []
+
+    def breaks(optimiser):
+        norm = step(optimiser)
+        count.append(norm)
+        if len(count) == 4:         # the last update of the second epoch
+            optimiser.parameters[-1].data[:] = float("nan")
+        return norm
+
+    monkeypatch.setattr(update.Optimiser, "step", breaks)
+    with pytest.raises(InputError, match="not finite numbers.*1 finished epochs are saved"):
+        train.main(arguments(tiny_file, tmp_path / "out", "--eval-every", "1", epochs=3))
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["trained"].values())
