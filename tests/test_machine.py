@@ -276,12 +276,12 @@ def test_float16_is_not_trained_on_mps():
         Optimiser([parameter], Settings(dtype="float16"))
 
 
-def test_every_tensor_meets_others_on_its_own_device_only(monkeypatch):
+def test_every_tensor_meets_others_on_its_own_device_only(tiny_file, monkeypatch):
     """A round of sampling, scoring again and both kinds of update, with tensors that have a device but no values.
 
     The device is not the CPU, as with a GPU; torch refuses to mix the two. What ends on the CPU is named.
     """
-    model = load_stable_diffusion(device="meta", dtype=torch.bfloat16)
+    model = load_stable_diffusion(tiny_file, device="meta", dtype=torch.bfloat16)
     layers = add_lora(model.unet, 2)
     policy, parameters = Policy(model, ddim_steps(2), 5.0, layers), list(lora_state(layers).values())
     settings = replace(SMALL, guidance=5.0, kl_weight=0.1)
