@@ -192,7 +192,7 @@ def print_whole_pictures(work, model):
 def print_profile(work):
     """Where the time goes: torch's operations by their share of one more round, the largest first."""
     on_gpu = work.optimiser.parameters[0].is_cuda
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as record:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
         work.do(keep=False)
     operations = [op for op in record.key_averages() if op.device_type == DeviceType.CPU]      # not a GPU's kernels
     spent = {op.key: op.self_device_time_total if on_gpu else op.self_cpu_time_total for op in operations}
