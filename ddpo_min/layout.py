@@ -1,7 +1,7 @@
 """Two sets of names for the same tensors: Stable Diffusion's original single file and diffusers' folders.
 
-The networks here carry the diffusers names. The original file numbers its blocks through (input_blocks.0, 1, 2, ...)
-where diffusers nests them (down_blocks.0.resnets.0, ...); the functions below pair the two by walking the structure.
+The networks here have the diffusers names. The original file counts all blocks (input_blocks.0, 1, 2, ...), diffusers
+nests them (down_blocks.0.resnets.0, ...); each function below builds {original prefix: diffusers prefix}.
 """
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
@@ -14,7 +14,7 @@ RESBLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "tim
 def unet_prefixes(attention, layers):
     """Original -> diffusers prefixes of a UNet.
 
-    attention: for each level, whether it holds transformers; layers: residual blocks a level going down.
+    attention: for each level, whether it has transformers; layers: residual blocks of a down level.
     """
     pairs = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
              "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
@@ -47,7 +47,7 @@ def unet_prefixes(attention, layers):
 
 
 def vae_prefixes(levels, layers):
-    """Original -> diffusers prefixes of an autoencoder; layers: residual blocks a level of the encoder."""
+    """Original -> diffusers prefixes of an autoencoder; layers: residual blocks of an encoder level."""
     pairs = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for side in ("encoder", "decoder"):
         pairs.update({f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out",
@@ -60,17 +60,17 @@ def vae_prefixes(levels, layers):
         for j in range(layers):
             pairs[f"encoder.down.{i}.block.{j}"] = f"encoder.down_blocks.{i}.resnets.{j}"
         pairs[f"encoder.down.{i}.downsample.conv"] = f"encoder.down_blocks.{i}.downsamplers.0.conv"
-        up = levels - 1 - i         # the original counts the decoder's levels from the image
+        up = levels - 1 - i         # the original counts the decoder's levels from the image on
         for j in range(layers + 1):
             pairs[f"decoder.up.{up}.block.{j}"] = f"decoder.up_blocks.{i}.resnets.{j}"
         pairs[f"decoder.up.{up}.upsample.conv"] = f"decoder.up_blocks.{i}.upsamplers.0.conv"
-    # nin_shortcut is renamed wherever a residual block holds one
+    # residual blocks that have a nin_shortcut
     pairs.update({f"{a}.nin_shortcut": f"{b}.conv_shortcut" for a, b in list(pairs.items()) if ".resnets." in b})
     return pairs
 
 
 def openclip_prefixes(layers):
-    """OpenCLIP -> transformers prefixes of a text encoder, whose in_proj_weight and _bias are q, k and v in one."""
+    """OpenCLIP -> transformers prefixes of a text encoder; OpenCLIP's in_proj_weight and _bias hold q, k and v."""
     pairs = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm",
              "positional_embedding": "text_model.embeddings.position_embedding.weight"}
     for i in range(layers):
@@ -81,7 +81,7 @@ def openclip_prefixes(layers):
 
 
 def rename(name, pairs):
-    """Replace the longest prefix of a dotted name, or all of it, found in `pairs`; the name itself if there is none."""
+    """Replace the longest prefix of a dotted name, or all of it, that is in `pairs`; without one, the name itself."""
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         head = ".".join(parts[:n])

@@ -15,20 +15,20 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")      # the attention projections,
 
 
 class LoRALayer:
-    """What a frozen layer and a trainable low-rank one beside it do; B starts at zero, so nothing changes at first.
+    """A frozen layer plus a trainable low-rank one; B starts at zero, so at first the output does not change.
 
     y = W x + b + (alpha / rank) B A x    [LoRA Eq. 3]
-    The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank), kept and
-    optimised in float32, computed with in the network's dtype.
-    Nothing is merged by train() or eval(): merge() and unmerge() are called by name or not at all.
+    The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank). They are
+    stored and trained in float32 and cast to the network's dtype in the forward pass.
+    train() and eval() merge nothing: only merge() and unmerge() do.
     """
 
     def adapt(self, frozen, A, B, alpha):
-        """Take over a layer's weights; A and B are layers on the meta device, in -> rank and rank -> out."""
+        """Use a layer's weights as the frozen ones; A and B: layers on the meta device, in -> rank and rank -> out."""
         self.weight, self.bias = frozen.weight, frozen.bias
         self.lora_A, self.lora_B = (layer.to_empty(device=frozen.weight.device) for layer in (A, B))
         rank = len(A.weight)
-        # drawn on the CPU: the same seed gives the same start on every device
+        # drawn on the CPU, so that a seed gives the same values on every device
         self.lora_A.weight.data.copy_(torch.randn(A.weight.shape) / rank)
         nn.init.zeros_(self.lora_B.weight)
         self.alpha = alpha
@@ -41,22 +41,22 @@ class LoRALayer:
             return y
         return y + self.low_rank(x, self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype))
 
-    def change(self):
-        """scale B A, in the shape of the frozen weight: a convolution's B is 1x1, so it is the same product."""
+    def delta(self):
+        """scale B A, in the shape of the frozen weight; also of a convolution, because its B is 1x1."""
         return self.scale * (self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)).view_as(self.weight)
 
     @torch.no_grad()
     def merge(self):
-        """W <- W + scale B A, added in float32 at least and rounded once; the low-rank path is then skipped."""
+        """W <- W + scale B A, added in float32 or wider and rounded once; forward() then skips the low-rank path."""
         if not self.merged:
-            self.weight.copy_(self.weight + self.change())
+            self.weight.copy_(self.weight + self.delta())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self):
         """Undo merge(), up to rounding."""
         if self.merged:
-            self.weight.copy_(self.weight - self.change())
+            self.weight.copy_(self.weight - self.delta())
             self.merged = False
 
 
@@ -70,16 +70,16 @@ class LoRALinear(LoRALayer, nn.Linear):
                    nn.Linear(rank, sizes[1], bias=False, device="meta"), alpha)
 
     def low_rank(self, x, A, B):
-        return F.linear(self.scale * F.linear(x, A), B)     # scaled where it is narrow
+        return F.linear(self.scale * F.linear(x, A), B)     # scaled where it has only `rank` channels
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
-    """A convolution with a LoRA: A is a convolution of the same kernel to `rank` channels, B is 1x1."""
+    """A convolution with a LoRA: A is a convolution with the same kernel size to `rank` channels, B is 1x1."""
 
     def __init__(self, conv, rank, alpha):
-        window = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
-        super().__init__(conv.in_channels, conv.out_channels, **window, bias=conv.bias is not None, device="meta")
-        self.adapt(conv, nn.Conv2d(conv.in_channels, rank, **window, bias=False, device="meta"),
+        kernel = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+        super().__init__(conv.in_channels, conv.out_channels, **kernel, bias=conv.bias is not None, device="meta")
+        self.adapt(conv, nn.Conv2d(conv.in_channels, rank, **kernel, bias=False, device="meta"),
                    nn.Conv2d(rank, conv.out_channels, 1, bias=False, device="meta"), alpha)
 
     def low_rank(self, x, A, B):
@@ -98,7 +98,7 @@ def replace(unet, name, rank, alpha):
 def add_lora(unet, rank=4, alpha=None):
     """Freeze the network and put a LoRALinear in place of every attention projection; changes `unet`.
 
-    rank: of every layer; alpha: numerator of the scale, the rank if None (scale 1). Returns {name: LoRALinear}.
+    rank: of every layer; alpha: scale * rank, None: the rank (scale 1). Returns {name: LoRALinear}.
     """
     unet.requires_grad_(False)
     return {name: replace(unet, name, rank, rank if alpha is None else alpha) for name in lora_modules(unet)
@@ -107,14 +107,14 @@ def add_lora(unet, rank=4, alpha=None):
 
 @contextmanager
 def switched_off(layers):
-    """Within the block the layers of add_lora() compute what they did before it: the base model."""
+    """Context manager: LoRA layers {name: layer} have scale 0, so their network is the base model."""
     scales = [layer.scale for layer in layers.values()]
     for layer in layers.values():
         layer.scale = 0.0
     try:
         yield
     finally:
-        for layer, scale in zip(layers.values(), scales):
+        for layer, scale in zip(layers.values(), scales, strict=True):
             layer.scale = scale
 
 
@@ -124,46 +124,46 @@ def lora_state(layers):
             for name, layer in layers.items() for part in ("lora_A", "lora_B")}
 
 
-def save_lora(path, layers, **story):
-    """Write the LoRA as diffusers and PEFT read it, with ranks, alphas and whatever else is given as its metadata."""
+def save_lora(path, layers, **details):
+    """Write the LoRA as diffusers and PEFT read it; its metadata has ranks, alphas and `details` (JSON values)."""
     tensors = {name: tuple(part.weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
                for name, layer in layers.items()}
     write_lora(path, "diffusers", {name: (A, B, float(layers[name].alpha)) for name, (A, B) in tensors.items()},
-               {"ddpo_min": json.dumps(story)})
+               {"ddpo_min": json.dumps(details)})
 
 
 def load_lora(path, unet, scale=1.0):
-    """Put a saved LoRA on a network, ours or anybody's (see read_lora); changes `unet`, returns {name: LoRA layer}.
+    """Put a saved LoRA of any program (see read_lora) on a network; changes `unet`, returns {name: LoRA layer}.
 
-    Only what the file has gets a LoRA, each layer of its own rank; the rest is frozen. scale: multiplies its effect,
-    0 is off. Raises InputError if nothing of it is for this network, or if a shape does not fit.
+    The layers in the file get a LoRA, each with its own rank; the other layers are frozen. scale: multiplies the LoRA's
+    effect, 0 is off. Raises InputError if the file has no layer of this network, or if a shape does not fit.
     """
     modules = lora_modules(unet)
     found, _ = read_lora(path, modules)
     unet.requires_grad_(False)
     layers = {}
-    for name in modules:        # in the network's order, whatever the file's: the optimiser counts its parameters
+    for name in modules:        # in the network's order, not the file's: the optimizer's state goes by it
         if name not in found:
             continue
         A, B, alpha = found[name]
         layer = layers[name] = replace(unet, name, len(A), alpha)
         for own, tensor in ((layer.lora_A.weight, A), (layer.lora_B.weight, B)):
-            if own.flatten(1).shape != tensor.flatten(1).shape:        # (rank, in) and (rank, in, 1, 1) are one
+            if own.flatten(1).shape != tensor.flatten(1).shape:        # (rank, in) and (rank, in, 1, 1) are the same
                 raise InputError(f"{path}: a tensor of {name} has shape {tuple(tensor.shape)}, this model needs "
-                                 f"{tuple(own.shape)}; use the base model it was trained on")
+                                 f"{tuple(own.shape)}; use the base model that the LoRA was trained on")
             own.data.copy_(tensor.view_as(own))
         layer.scale *= scale
     return layers
 
 
 def merge_lora(path, weights, out, scale=1.0):
-    """Write a complete model, `weights` with the LoRA added, in Stable Diffusion's single-file layout.
+    """Write a complete model, `weights` plus the LoRA, in Stable Diffusion's single-file layout.
 
-    Every tensor keeps the dtype it has in `weights`; the sums are taken in float32 at least and rounded once.
+    Every tensor keeps the dtype it has in `weights`; sums are computed in float32 or wider and rounded once.
     """
     model = load_stable_diffusion(weights, "cpu", None)
     for layer in load_lora(path, model.unet, scale).values():
         layer.merge()
-        del layer.lora_A, layer.lora_B      # the base's names are left
+        del layer.lora_A, layer.lora_B      # so that only the base model's names are left
     save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size,
                      base=Path(weights).name, lora=Path(path).name, scale=scale)

@@ -1,4 +1,4 @@
-"""Prompts to train on and to evaluate on, and the order in which they come."""
+"""Prompts and seeds to train on and to evaluate on."""
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,14 @@ llama camel bat gorilla hedgehog kangaroo""".split()
 ACTIVITIES = ["riding a bike", "playing chess", "washing dishes"]
 
 NUMBERS = "two three four five six seven eight".split()
-# 22 of the animals; which 22 the paper counts is not written anywhere, so these are our choice
+# 22 of the animals; the paper does not say which 22 it counts, so these are our choice
 COUNTED = dict(cat="cats", dog="dogs", horse="horses", monkey="monkeys", rabbit="rabbits", zebra="zebras",
                spider="spiders", bird="birds", cow="cows", goat="goats", lion="lions", tiger="tigers", bear="bears",
                fox="foxes", wolf="wolves", butterfly="butterflies", dolphin="dolphins", mouse="mice", turtle="turtles",
                frog="frogs", duck="ducks", pig="pigs")
 
-# torch's generator uses 32 bits of a seed: training takes the upper half, evaluation counts from here, sample.py
-# from 0.
+# The first held-out seed. torch's generator uses 32 bits of a seed: training draws from the upper half, evaluation
+# counts up from here, sample.py from 0.
 HELD_OUT = 2 ** 30
 
 
@@ -34,7 +34,7 @@ def animals():
 
 
 def imagenet_animals():
-    """398: the animals among ImageNet's classes (0 to 397), under open_clip's readable names."""
+    """398: the animals among ImageNet's classes (0 to 397), with open_clip's names."""
     from open_clip import IMAGENET_CLASSNAMES
     return [article(name) for name in IMAGENET_CLASSNAMES[:398]]
 
@@ -68,8 +68,8 @@ def find_prompts(name, flag="--prompts"):
                          "prompt a line")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{flag} {name}: not a text file; expected UTF-8, one prompt a line")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag} {name}: not a text file; expected UTF-8, one prompt a line") from error
     if any("\0" in line for line in lines):
         raise InputError(f"{flag} {name}: not a text file; expected UTF-8, one prompt a line")
     if not lines:
@@ -78,29 +78,29 @@ def find_prompts(name, flag="--prompts"):
 
 
 def evaluation_prompts(name, trained):
-    """The prompts to evaluate on: those trained on, on other seeds, if name is empty; else those of a set that are
-    not trained on. Raises InputError if nothing is left."""
+    """The prompts to evaluate on: the trained ones (with other seeds) if name is empty, else those of a set or text
+    file that are not trained on. Raises InputError if there are none."""
     if not name:
         return trained
     new = [prompt for prompt in find_prompts(name, "--eval-prompts") if prompt not in set(trained)]
     if not new:
-        raise InputError(f"--eval-prompts {name}: all of them are trained on; expected some that are not")
+        raise InputError(f"--eval-prompts {name}: all of these prompts are trained on; expected some that are not")
     return new
 
 
-def draw(prompts, count, seed, epoch, group_size=1):
+def draw_prompts(prompts, count, *, seed, epoch, group_size=1):
     """The prompts and seeds of an epoch's samples: every prompt about equally often, in random order.
 
-    group_size: so many neighbours share a prompt; count is a multiple of it. A pure function of its arguments, so a
-    resumed run draws what an uninterrupted one would have. Returns (count str, count int).
+    group_size: that many samples in a row have the same prompt; count is a multiple of it. The result depends only on
+    the arguments, so a resumed run draws the same samples as an uninterrupted one. Returns (count str, count int).
     """
     rng = np.random.default_rng([seed, epoch])
-    rounds = -(-count // group_size // len(prompts))
-    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])[:count // group_size]
+    repeats = -(-count // group_size // len(prompts))       # rounded up
+    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(repeats)])[:count // group_size]
     rng.shuffle(order)
     return [prompts[i] for i in order.repeat(group_size)], rng.integers(2 ** 31, 2 ** 32, size=count).tolist()
 
 
 def held_out(prompts, count):
-    """Fixed prompts and seeds to evaluate on, never trained on: (count str, count int)."""
+    """Prompts and seeds to evaluate on, always the same; no seed is trained on: (count str, count int)."""
     return [prompts[i % len(prompts)] for i in range(count)], [HELD_OUT + i for i in range(count)]

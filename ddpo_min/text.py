@@ -1,16 +1,18 @@
-"""CLIP's text encoder as Stable Diffusion uses it: token ids (B, 77) -> one vector a token (B, 77, width).
+"""CLIP's text encoder as Stable Diffusion uses it: token ids (B, 77) -> one vector for each token (B, 77, width).
 
-Stable Diffusion does not pool: the UNet's cross-attention reads every token after the final LayerNorm, padding included.
-1.x has OpenAI's CLIP, 2.x OpenCLIP's, without its last layer. Names are the transformers checkpoint's.
+There is no pooling: the UNet's cross-attention reads every token after the final LayerNorm, padding included. 1.x uses
+OpenAI's CLIP, 2.x OpenCLIP's without its last layer. Modules have the names of the transformers checkpoint.
 """
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-END_OF_TEXT = 49407     # closes a prompt, and in Stable Diffusion 1.x pads it; OpenCLIP, and so 2.x, pads with 0
+from .layers import attention
+
+END_OF_TEXT = 49407     # ends a prompt, and pads it in Stable Diffusion 1.x; OpenCLIP, and so 2.x, pads with 0
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,17 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    inner: int = 3072       # width inside the MLP
-    used: int = None        # layers before the final LayerNorm, those behind are not run; None is all
+    inner: int = 3072       # width of the MLP's hidden layer
+    used: int = None        # layers that are run before the final LayerNorm; None: all
     openclip: bool = False  # OpenCLIP's exact GELU and padding instead of OpenAI's
 
     @property
     def padding(self):
-        """The token behind the end of a prompt."""
+        """The token id after the end of a prompt."""
         return 0 if self.openclip else END_OF_TEXT
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tokenizer(positions):
     from open_clip.tokenizer import SimpleTokenizer
     return SimpleTokenizer(context_length=positions)
@@ -40,7 +42,7 @@ def _tokenizer(positions):
 def tokenize(prompts, positions=77, padding=END_OF_TEXT):
     """Prompts -> token ids as Stable Diffusion expects them: start, the words, end, then padding.
 
-    prompts: list of str, cut at `positions` tokens; returns int64 (B, positions).
+    prompts: list of B str, cut to `positions` tokens with start and end; returns int64 (B, positions).
     """
     ids = _tokenizer(positions)(list(prompts))
     end = (ids == END_OF_TEXT).int().argmax(dim=1, keepdim=True)
@@ -48,7 +50,7 @@ def tokenize(prompts, positions=77, padding=END_OF_TEXT):
 
 
 class Embeddings(nn.Module):
-    """Token plus position embedding: ids (B, N) -> (B, N, width)."""
+    """Token embedding + position embedding: ids (B, N) -> (B, N, width)."""
 
     def __init__(self, config):
         super().__init__()
@@ -60,7 +62,7 @@ class Embeddings(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and those before it: (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention of each token to itself and those before it: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -68,14 +70,11 @@ class CausalAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU: OpenCLIP's is exact, OpenAI's the quick one, x sigmoid(1.702 x)."""
+    """Linear, GELU, linear; the GELU is exact (OpenCLIP) or the quick one, x sigmoid(1.702 x) (OpenAI)."""
 
     def __init__(self, width, inner, exact):
         super().__init__()
@@ -104,7 +103,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers, run up to `used`: Stable Diffusion 2.x reads OpenCLIP's last but one."""
+    """The layers, of which the first `used` are run: Stable Diffusion 2.x leaves out OpenCLIP's last."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,7 +130,7 @@ class TextModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower without its projection; the checkpoint nests it under `text_model`."""
+    """CLIP's text encoder without its projection; in the checkpoint its names begin with `text_model.`"""
 
     def __init__(self, config=TextConfig()):
         super().__init__()

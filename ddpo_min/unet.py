@@ -1,10 +1,10 @@
-"""The latent UNet of Stable Diffusion: eps(x_t, t, context), by hand.
+"""The latent UNet of Stable Diffusion, which predicts the noise: eps(x_t, t, context).
 
     x_t (B, 4, H, W) -> conv_in -> down_blocks -> mid_block -> up_blocks -> conv_out -> eps (B, 4, H, W)
 
-Each level holds residual blocks, which see the time t, and transformers, which see the prompt by cross-attention.
-Every down block's outputs are kept and handed, last first, to the up blocks (the skip connections of a U-Net).
-Modules and parameters carry the names of the diffusers checkpoint, so a state dict loads strictly and without a table.
+Each level has residual blocks, which read the timestep t, and transformers, which read the prompt by cross-attention.
+The outputs of the down blocks are kept and concatenated, last first, to the inputs of the up blocks (skip connections).
+Modules and parameters have the names of the diffusers checkpoint, so a state dict loads strictly, without renaming.
 """
 import math
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -21,16 +23,16 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     widths: tuple = (320, 640, 1280, 1280)          # channels of each level
-    attention: tuple = (True, True, True, False)    # levels that hold transformers (the middle always does)
-    layers: int = 2                                 # residual blocks a level going down; one more going up
+    attention: tuple = (True, True, True, False)    # levels with transformers (the middle block always has one)
+    layers: int = 2                                 # residual blocks of a down level; an up level has one more
     context_width: int = 768                        # width of the text encoder's output
-    heads: int = 8                                  # attention heads, on every level
-    groups: int = 32                                # of every GroupNorm
-    head_width: int = 0                             # channels of a head instead, 64 in 2.x; 0: heads says how many
-    linear: bool = False                            # transformers begin and end with a linear layer, as in 2.x
+    heads: int = 8                                  # attention heads of every level
+    groups: int = 32                                # groups of every GroupNorm
+    head_width: int = 0                             # channels per head (64 in 2.x) instead of `heads`; 0: use `heads`
+    linear: bool = False                            # proj_in and proj_out: linear (2.x), not 1x1 convolutions
 
     def heads_at(self, width):
-        """Attention heads of a level with so many channels."""
+        """Number of attention heads of a level with `width` channels."""
         return width // self.head_width if self.head_width else self.heads
 
 
@@ -38,7 +40,7 @@ def timestep_embedding(t, width):
     """Sinusoidal features of the timestep, cosines first.
 
     cos(t f_i), sin(t f_i) with f_i = 10000^(-i / (width/2))   [DDPM, after Transformer Sec. 3.5]
-    t: (B,) timesteps 0..999; returns (B, width), float32 like the checkpoints were trained with.
+    t: (B,) timesteps 0..999; returns (B, width) in float32, as when the checkpoints were trained.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -47,7 +49,7 @@ def timestep_embedding(t, width):
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers that turn the sinusoids into the vector every residual block reads."""
+    """Two linear layers: timestep_embedding() -> the time vector (B, out_width) that every residual block reads."""
 
     def __init__(self, width, out_width):
         super().__init__()
@@ -58,67 +60,8 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
-def not_16_bit_on_cpu(x):
-    """x, in float32 if it is in 16 bits and on a CPU, where torch's attention and group norms are slow in 16."""
-    return x.float() if x.device.type == "cpu" and x.itemsize == 2 else x
-
-
-class GroupNorm(nn.GroupNorm):
-    """Each group of channels to mean 0 and deviation 1, then weight and bias."""
-
-    def forward(self, x):
-        y = not_16_bit_on_cpu(x)
-        return F.group_norm(y, self.num_groups, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps).to(x.dtype)
-
-
-class ResBlock(nn.Module):
-    """norm, SiLU, conv, (+ time), norm, SiLU, conv, + input: (B, in, H, W) -> (B, out, H, W).
-
-    eps is 1e-5 in the UNet and 1e-6 in the VAE, which has no time (time_width None).
-    """
-
-    def __init__(self, in_channels, out_channels, groups, time_width=None, eps=1e-5):
-        super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        if time_width is not None:
-            self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, x, time=None):
-        h = self.conv1(F.silu(self.norm1(x)))
-        if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) on context (B, M, D), or on x itself: softmax(q k / sqrt(C/heads)) v."""
-
-    def __init__(self, width, heads, context_width=None):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width or width, width, bias=False)
-        self.to_v = nn.Linear(context_width or width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        q, k, v = (not_16_bit_on_cpu(y) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).to(x.dtype)           # (B, heads, N, C/heads)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-    def _split(self, y):
-        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
 class GEGLU(nn.Module):
-    """A linear layer whose one half gates the other: (B, N, C) -> (B, N, inner)."""
+    """value * GELU(gate), each one half of a linear layer's output: (B, N, C) -> (B, N, inner)."""
 
     def __init__(self, width, inner):
         super().__init__()
@@ -130,7 +73,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Four times wider and back: (B, N, C) -> (B, N, C)."""
+    """An MLP with a hidden layer four times as wide: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, width):
         super().__init__()
@@ -141,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward, each after a norm and around a residual."""
+    """Self-attention, cross-attention to the prompt, MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -159,7 +102,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, read as a sequence: (B, C, H, W) -> (B, C, H, W)."""
+    """A transformer block on the sequence of a feature map's pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -173,7 +116,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, context):
         height, width = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2).contiguous()                   # (B, H*W, C); no copy of channels_last
+        h = h.flatten(2).transpose(1, 2).contiguous()                   # (B, H*W, C); channels_last is not copied
         h = self.proj_in(h) if self.linear else h
         h = self.transformer_blocks[0](h, context)
         h = self.proj_out(h) if self.linear else h
@@ -181,30 +124,8 @@ class SpatialTransformer(nn.Module):
         return x + (h if self.linear else self.proj_out(h))
 
 
-class Downsample(nn.Module):
-    """Half the side by a strided convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Twice the side by repeating each pixel, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """One level of the UNet: its residual blocks, its transformers if it has any, and what changes the resolution."""
+    """One level: residual blocks, transformers (or none), and the layer that changes the resolution (or none)."""
 
     def __init__(self, in_widths, width, config, attention, downsample=False, upsample=False):
         super().__init__()
@@ -218,13 +139,13 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(width)]) if upsample else None
 
     def block(self, i, x, time, context):
-        """Residual block i and the transformer behind it."""
+        """Residual block i and the transformer after it."""
         x = self.resnets[i](x, time)
         return x if self.attentions is None else self.attentions[i](x, context)
 
 
 class MidBlock(nn.Module):
-    """The bottom: residual block, transformer, residual block."""
+    """The lowest resolution: residual block, transformer, residual block."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -244,27 +165,27 @@ class UNet(nn.Module):
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = False      # True: keep no activations inside blocks, compute them again going back
+        self.checkpointing = False      # True: the backward pass computes activations inside blocks again
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
 
-        skips, below = [widths[0]], widths[0]     # channels of every kept output, in order; of the running x
+        skips, channels = [widths[0]], widths[0]      # channels of every skip connection, in order; of x
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            in_widths = [below] + [width] * (config.layers - 1)
+            in_widths = [channels] + [width] * (config.layers - 1)
             self.down_blocks.append(Level(in_widths, width, config, config.attention[i], downsample=i < last))
             skips += [width] * (config.layers + (i < last))
-            below = width
+            channels = width
 
-        self.mid_block = MidBlock(below, config)
+        self.mid_block = MidBlock(channels, config)
 
         self.up_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             in_widths = []
             for _ in range(config.layers + 1):
-                in_widths.append(below + skips.pop())
-                below = width
+                in_widths.append(channels + skips.pop())
+                channels = width
             self.up_blocks.append(Level(in_widths, width, config, config.attention[i], upsample=i > 0))
 
         self.conv_norm_out = GroupNorm(config.groups, widths[0], eps=1e-5)
@@ -280,7 +201,7 @@ class UNet(nn.Module):
         """Predict the noise in x_t.
 
         x_t: (B, 4, H, W) latents, H and W divisible by 2^(levels - 1); t: (B,) timesteps 0..999;
-        context: (B, tokens, context_width) from the text encoder. Returns eps, of x_t's shape and dtype.
+        context: (B, tokens, context_width) from the text encoder. Returns eps, with x_t's shape and dtype.
         """
         time = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
         x = self.conv_in(x_t)

@@ -3,29 +3,33 @@
     image -> encoder -> quant_conv -> mean, log-variance of a Gaussian -> z * latent_scale
     z / latent_scale -> post_quant_conv -> decoder -> image
 
-Names are the diffusers checkpoint's; the residual block is the UNet's, without time and with eps 1e-6.
+Modules have the names of the diffusers checkpoint; the residual block is the UNet's, without time and with eps 1e-6.
 """
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .unet import Attention, GroupNorm, ResBlock, Upsample
+from .files import NotFinite
+from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
+
+DECODE_BATCH = 16       # pictures decoded together: more of them exceed the processor's cache and take longer
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """The sizes of an autoencoder; the defaults are Stable Diffusion 1.x's."""
-    widths: tuple = (128, 256, 512, 512)    # channels of each level, image side first
-    layers: int = 2                         # residual blocks a level in the encoder; one more in the decoder
+    widths: tuple = (128, 256, 512, 512)    # channels of each level, from the image on
+    layers: int = 2                         # residual blocks of an encoder level; a decoder level has one more
     latent_channels: int = 4
-    groups: int = 32                        # of every GroupNorm
+    groups: int = 32                        # groups of every GroupNorm
     latent_scale: float = 0.18215           # makes the latents' standard deviation about 1
 
 
 class VAEAttention(Attention):
-    """Single-head self-attention over the pixels, with a norm in front and biases: (B, C, H, W) -> (B, C, H, W)."""
+    """Single-head self-attention over the pixels, with a norm before it and biases: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, width, groups):
         super().__init__(width, heads=1)
@@ -40,25 +44,14 @@ class VAEAttention(Attention):
         return x + h
 
 
-class AsymmetricDownsample(nn.Module):
-    """Half the side by a strided convolution, padded on the right and below only."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
 class Level(nn.Module):
-    """The residual blocks of one resolution and the layer that changes it."""
+    """The residual blocks of one resolution and the layer that changes it (or none)."""
 
     def __init__(self, in_channels, width, layers, groups, downsample=False, upsample=False):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResBlock(in_channels if i == 0 else width, width, groups, eps=1e-6) for i in range(layers))
-        self.downsamplers = nn.ModuleList([AsymmetricDownsample(width)]) if downsample else None
+        self.downsamplers = nn.ModuleList([Downsample(width, asymmetric=True)]) if downsample else None
         self.upsamplers = nn.ModuleList([Upsample(width)]) if upsample else None
 
     def forward(self, x):
@@ -70,7 +63,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """The lowest resolution: residual block, attention, residual block."""
 
     def __init__(self, width, groups):
         super().__init__()
@@ -126,7 +119,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder between pixels and the latents that the UNet works on."""
+    """The autoencoder between images and the latents that the UNet works on."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -146,14 +139,32 @@ class VAE(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def encode(self, image, noise=None):
-        """Image -> scaled latent: (mean + std * noise) * latent_scale, the mean alone without noise.
+        """Image -> scaled latent: (mean + std * noise) * latent_scale, or mean * latent_scale without noise.
 
-        image: (B, 3, H, W) in [-1, 1]; noise: None or (B, 4, H/f, W/f) standard normal; returns that shape.
+        image: (B, 3, H, W) in [-1, 1]; noise: None or (B, 4, H/f, W/f) standard normal. Returns (B, 4, H/f, W/f).
         """
         mean, log_variance = self.moments(image)
         z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
         return z * self.config.latent_scale
 
     def decode(self, latent):
-        """Scaled latent (B, 4, H/f, W/f) -> image (B, 3, H, W), about [-1, 1], not clamped; the input is untouched."""
+        """Scaled latent (B, 4, H/f, W/f) -> image (B, 3, H, W), about [-1, 1], not clamped; `latent` is unchanged."""
         return self.decoder(self.post_quant_conv(latent / self.config.latent_scale))
+
+
+def to_uint8(images):
+    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU, clamped and rounded. Raises NotFinite."""
+    if not torch.isfinite(images).all():
+        raise NotFinite("the decoded pictures")
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def decode_images(vae, latents):
+    """Scaled latents (N, 4, h, w) -> images uint8 (N, H, W, 3), DECODE_BATCH at a time.
+
+    Raises NotFinite if the autoencoder overflows.
+    """
+    dtype = vae.post_quant_conv.weight.dtype
+    parts = latents.split(DECODE_BATCH)
+    return np.concatenate([to_uint8(vae.decode(part.to(dtype))) for part in parts])

@@ -1,7 +1,7 @@
-"""A Stable Diffusion 1.x or 2.x model, from its files (ddpo_min/checkpoint.py) and back to one.
+"""Load a Stable Diffusion 1.x or 2.x model from its files (ddpo_min/checkpoint.py), and save one as a single file.
 
-Sizes come from the tensors' shapes. Networks are built without memory (on the meta device) and the tensors assigned
-one by one, so loading peaks at little more than the weights themselves.
+Sizes come from the tensors' shapes. Networks are built on the meta device, without memory, and the tensors are assigned
+one by one, so the peak memory of loading is little more than the weights.
 """
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import layout
-from .checkpoint import PREDICTION, SUPPORTED, UNSEEN, count, open_folder, open_single_file
+from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, count, open_folder, open_single_file
 from .files import InputError, atomic
 from .hub import fetch
 from .text import TextConfig, TextEncoder, tokenize
@@ -22,7 +22,7 @@ from .vae import VAE, VAEConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "emoji.safetensors"
 
-SD_SIZE = 256       # from so many pixels a side on a model is of Stable Diffusion's kind, below of the shipped one's
+SD_SIZE = 256       # pixels a side: models with at least this many count as Stable Diffusion, others as small
 
 
 @dataclass
@@ -32,20 +32,20 @@ class StableDiffusion:
     vae: VAE
     text_encoder: TextEncoder
     image_size: int         # pixels a side of the pictures the model was trained on
-    report: str             # one line on what was loaded
+    report: str             # one line about what was loaded
 
     @property
     def latent_size(self):
-        """Side of the latent of a picture of image_size pixels."""
+        """Side of the latent of a picture with image_size pixels a side."""
         return self.image_size // 2 ** (len(self.vae.config.widths) - 1)
 
     def latent_shape(self, width, height):
-        """(h, w) of the latent of a picture of width x height pixels. Raises InputError if the networks need others."""
+        """(h, w) of the latent of a picture of width x height pixels. Raises InputError if they do not fit."""
         factor = 2 ** (len(self.vae.config.widths) - 1)
         multiple = factor * 2 ** (len(self.unet.config.widths) - 1)
         if width % multiple or height % multiple:
             raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {multiple}, "
-                             "because this model's networks halve the picture so often")
+                             "because this model's networks halve the side several times")
         return height // factor, width // factor
 
     @torch.no_grad()
@@ -56,72 +56,74 @@ class StableDiffusion:
 
 
 def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
-    """Load a model, strictly: every tensor of the file is used or knowingly skipped, every parameter is filled.
+    """Load a model, strictly: every tensor of the file is used or listed in SKIPPED, every parameter is set.
 
     path: a .safetensors file in the original layout, a diffusers folder, or either on the Hugging Face Hub (fetch());
-    dtype: None keeps each tensor's own, to be written again rather than run. Raises InputError if it is anything else,
-    or if it does not predict noise.
+    dtype: of the networks; None keeps each tensor's own (to save them again, not to run them). Raises InputError if it
+    is no such model, or if it does not predict noise.
     """
     name, path = Path(path).name, fetch(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {SUPPORTED}")
     try:
-        sources, unseen = open_folder(path) if path.is_dir() else open_single_file(path)
+        sources, constants = open_folder(path) if path.is_dir() else open_single_file(path)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{path}: its metadata or config.json cannot be understood ({error}); {SUPPORTED}")
-    builders = dict(unet=_build_unet, vae=_build_vae, text=_build_text)
+        raise InputError(f"{path}: its metadata or config.json cannot be understood ({error}); {SUPPORTED}") from error
     networks, lines = [], []
-    for part, build in builders.items():
+    for part, build in ("unet", _build_unet), ("vae", _build_vae), ("text", _build_text):
         tensors = sources[part]
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         try:
             with torch.device("meta"):
-                network = build(shapes, unseen)
+                network = build(shapes, constants)
         except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
-            raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure ({error}); {SUPPORTED}")
+            raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure ({error}); "
+                             f"{SUPPORTED}") from error
         _assign(network, tensors, path, part, device, dtype)
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
-    model = StableDiffusion(*networks, image_size=unseen["image_size"], report=f"{name}: " + "; ".join(lines))
-    if model.unet.config.linear and not unseen["prediction"] and dtype is not None:
+    model = StableDiffusion(*networks, image_size=constants["image_size"], report=f"{name}: " + "; ".join(lines))
+    if model.unet.config.linear and not constants["prediction"] and dtype is not None:
         refuse_v_prediction(model, path)
     return model
 
 
 @torch.no_grad()
 def refuse_v_prediction(model, path):
-    """Look what a 2.x model predicts from nothing but noise, because its file does not say. Raises InputError.
+    """Test a 2.x model whose files do not say what it predicts. Raises InputError if it seems to be v.
 
-    At t = 999, x_t is nearly all noise. What predicts noise then answers with about x_t; v = sqrt(alpha_bar_t) eps -
-    sqrt(1 - alpha_bar_t) x0 [Salimans and Ho, Sec. 4] is about -x0, which has little in common with it.
+    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0    [Salimans and Ho, Sec. 4]
+    At t = 999, x_t is nearly all noise: a prediction of eps is about x_t, one of v about -x0, which hardly correlates
+    with x_t.
     """
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
     x_t = torch.randn(1, 4, model.latent_size, model.latent_size, generator=torch.Generator().manual_seed(0))
     out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]).to(dtype))
-    likeness = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
-    if not likeness >= 0.5:     # nor if it is not a number
-        raise InputError(f"{path}: its UNet answers pure noise with something else (correlation {likeness:.2f}), so it "
-                         "seems to predict v, as 2.x's 768-pixel models do; if it does not, give it as a diffusers "
-                         f'folder whose scheduler/scheduler_config.json says "prediction_type": "epsilon"; {SUPPORTED}')
+    correlation = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
+    if not correlation >= 0.5:      # also refuses nan
+        raise InputError(f"{path}: its UNet's output for pure noise is not that noise (correlation {correlation:.2f}); "
+                         "it seems to predict v, like the 768-pixel models of 2.x. If it predicts noise, pass a "
+                         'diffusers folder with "prediction_type": "epsilon" in scheduler/scheduler_config.json; '
+                         + SUPPORTED)
 
 
 def is_small(path):
-    """Whether a model is of the shipped one's kind, not of Stable Diffusion's: trained on under SD_SIZE pixels a side.
+    """Whether a model is small like the shipped one: trained on pictures of less than SD_SIZE pixels a side.
 
-    path: a model; empty is the shipped one. Only the head of a single file is read; what cannot be is taken for large.
+    path: a model, "" is the shipped one. Only the header of a single file is read; anything else counts as large.
     """
     try:
         with safe_open(path or SHIPPED, framework="pt") as file:
-            return int((file.metadata() or {}).get("image_size", UNSEEN["image_size"])) < SD_SIZE
-    except Exception:       # a folder, or no model at all: the loader will say so
+            return int((file.metadata() or {}).get("image_size", CONSTANTS_1["image_size"])) < SD_SIZE
+    except Exception:       # a folder or no model; load_stable_diffusion() reports errors
         return False
 
 
-def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, **story):
-    """Write the three networks as one safetensors file in the original layout, with what shapes do not tell.
+def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, **details):
+    """Write the three networks as one safetensors file in the original layout, its constants in the metadata.
 
-    dtype: None keeps each tensor's own; story: whatever else its metadata should say, under the name ddpo_min.
-    OpenCLIP's projection is left out.
+    dtype: None keeps each tensor's own; details: JSON values for the metadata, under the name ddpo_min. OpenCLIP's
+    projection is left out.
     """
     state = {}
     inverse = {b: a for a, b in layout.unet_prefixes(unet.config.attention, unet.config.layers).items()}
@@ -130,7 +132,7 @@ def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_s
     inverse = {b: a for a, b in layout.vae_prefixes(len(vae.config.widths), vae.config.layers).items()}
     for name, tensor in vae.state_dict().items():
         if ".attentions." in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]           # the original writes these linear layers as 1x1 convolutions
+            tensor = tensor[:, :, None, None]           # the original stores these linear layers as 1x1 convolutions
         state[layout.VAE + layout.rename(name, inverse)] = tensor
     state.update(_original_text(text_encoder))
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
@@ -138,14 +140,14 @@ def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_s
                     unet_groups=unet.config.groups, vae_groups=vae.config.groups, latent_scale=vae.config.latent_scale,
                     text_heads=text_encoder.config.heads, text_used=text_encoder.config.used or 0)
     metadata[PREDICTION] = "epsilon"
-    if story:
-        metadata["ddpo_min"] = json.dumps(story)
+    if details:
+        metadata["ddpo_min"] = json.dumps(details)
     with atomic(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", **{k: str(v) for k, v in metadata.items()}})
 
 
 def _original_text(text_encoder):
-    """The text encoder's tensors under a single file's names; OpenCLIP's q, k and v in one."""
+    """The text encoder's tensors under a single file's names; OpenCLIP's q, k and v are one tensor."""
     state, config = text_encoder.state_dict(), text_encoder.config
     if not config.openclip:
         return {layout.TEXT + name: tensor for name, tensor in state.items()}
@@ -156,7 +158,7 @@ def _original_text(text_encoder):
     return {layout.OPENCLIP + layout.rename(name, inverse): tensor for name, tensor in state.items()}
 
 
-def _build_unet(shapes, unseen):
+def _build_unet(shapes, constants):
     levels = count(shapes, "down_blocks.%d.resnets.0.conv1.weight")
     return UNet(UNetConfig(
         in_channels=shapes["conv_in.weight"][1], out_channels=shapes["conv_out.weight"][0],
@@ -164,30 +166,30 @@ def _build_unet(shapes, unseen):
         attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)),
         layers=count(shapes, "down_blocks.0.resnets.%d.conv1.weight"),
         context_width=shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
-        heads=unseen["unet_heads"], groups=unseen["unet_groups"], head_width=unseen["unet_head_width"],
+        heads=constants["unet_heads"], groups=constants["unet_groups"], head_width=constants["unet_head_width"],
         linear=len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2))
 
 
-def _build_vae(shapes, unseen):
+def _build_vae(shapes, constants):
     levels = count(shapes, "encoder.down_blocks.%d.resnets.0.conv1.weight")
     return VAE(VAEConfig(
         widths=tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
         layers=count(shapes, "encoder.down_blocks.0.resnets.%d.conv1.weight"),
-        latent_channels=shapes["post_quant_conv.weight"][0], groups=unseen["vae_groups"],
-        latent_scale=unseen["latent_scale"]))
+        latent_channels=shapes["post_quant_conv.weight"][0], groups=constants["vae_groups"],
+        latent_scale=constants["latent_scale"]))
 
 
-def _build_text(shapes, unseen):
+def _build_text(shapes, constants):
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     return TextEncoder(TextConfig(
         vocabulary=vocabulary, width=width, positions=shapes["text_model.embeddings.position_embedding.weight"][0],
-        layers=count(shapes, "text_model.encoder.layers.%d.mlp.fc1.weight"), heads=unseen["text_heads"],
-        inner=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0], used=unseen["text_used"] or None,
-        openclip=unseen["openclip"]))
+        layers=count(shapes, "text_model.encoder.layers.%d.mlp.fc1.weight"), heads=constants["text_heads"],
+        inner=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0], used=constants["text_used"] or None,
+        openclip=constants["openclip"]))
 
 
 def _assign(network, tensors, path, part, device, dtype):
-    """Fill a network that lives on the meta device; refuse any name or shape that does not fit."""
+    """Set the parameters of a network on the meta device. Raises InputError if a name or shape does not fit."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
@@ -198,7 +200,7 @@ def _assign(network, tensors, path, part, device, dtype):
         if (shape[:2] if as_linear else shape) != wanted[name]:
             raise InputError(f"{path}: {part} tensor {name} has shape {shape}, expected {wanted[name]}; {SUPPORTED}")
         tensor = load().reshape(wanted[name]).to(device, dtype)
-        if tensor.ndim == 4:        # convolutions are faster so, and pass the order of memory on to what they compute
+        if tensor.ndim == 4:        # convolutions are faster in this memory format, and their outputs keep it
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -1,4 +1,4 @@
-"""diffusers' networks in our sizes: oracles of the tests, and the other side of python -m ddpo_min.bench."""
+"""diffusers' networks in our sizes: reference of the tests and of python -m ddpo_min.bench."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.lora import TARGETS
-from ddpo_min.rollout import Policy
+from ddpo_min.policy import Policy
 
 
 def diffusers_unet(c, **more):
@@ -37,11 +37,11 @@ def diffusers_policy(model, settings):
     for network, state in ((unet, base), (vae, model.vae.state_dict())):
         network.load_state_dict(state)
         network.requires_grad_(False)
-        for p in network.parameters():      # .to() would warn of modules kept in float32, of which there are none
+        for p in network.parameters():      # .to() would warn about modules kept in float32; there are none
             p.data = p.data.to(device, dtype)
     unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian",
                                 target_modules=list(TARGETS)))
-    if settings.checkpointing == "on":
+    if settings.checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
     scale = model.vae.config.latent_scale

@@ -1,25 +1,28 @@
-"""LoRA files of others: diffusers' own loader reads ours, ours reads theirs, and nothing is lost on the way."""
+"""LoRA files of other programs: diffusers loads ours, we load theirs, and conversion loses nothing."""
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise, their_text, their_unet, their_vae, tiny_networks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from conftest import randomise, their_text, their_unet, their_vae, tiny_networks
+from ddpo_min.advantages import PromptStatistics
+from ddpo_min.cli import make_settings, read_settings
 from ddpo_min.files import InputError
 from ddpo_min.interchange import export_lora, kohya_form, kohya_name, lora_modules, read_lora, write_lora
+from ddpo_min.learner import Learner
 from ddpo_min.lora import add_lora, load_lora, lora_state, replace, save_lora
-from ddpo_min.settings import check, parse, settings_from
 from ddpo_min.unet import UNet
 from ddpo_min.weights import load_stable_diffusion, save_single_file
 
 TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0."
 
-# Layers of every kind, and for each its rank and alpha: what trainers other than ours write
+# Layers of every kind, each with its rank and alpha: what other trainers write
 WIDE = {"down_blocks.0.resnets.0.conv1": (2, 1.0), "down_blocks.0.downsamplers.0.conv": (3, 3.0),
         "down_blocks.1.resnets.0.conv_shortcut": (1, 0.5), "mid_block.resnets.0.time_emb_proj": (2, 8.0),
         "mid_block.attentions.0.proj_in": (4, 2.0), "mid_block.attentions.0.proj_out": (2, 2.0),
@@ -50,8 +53,8 @@ def with_layers(wide):
 
 
 def attention_only():
-    """Every attention projection, scale 2: what a run writes, but for its alpha."""
-    return {name: (3, 6) for name in add_lora(base(), 3)}
+    """Every attention projection, with scale 2: what a run writes, except for alpha."""
+    return dict.fromkeys(add_lora(base(), 3), (3, 6))
 
 
 @pytest.fixture(params=[attention_only(), WIDE], ids=["attention", "wide"])
@@ -74,7 +77,7 @@ def assert_same_file(a, b):
         assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
 
 
-# ---- diffusers and PEFT read ours
+# ---- diffusers and PEFT load ours
 
 def their_pipeline():
     """diffusers' Stable Diffusion with our base UNet's weights."""
@@ -87,7 +90,7 @@ def their_pipeline():
     return pipeline
 
 
-# Of a kohya file diffusers 0.42 takes one alpha for all attention projections, that of most layers
+# diffusers 0.42 uses one alpha for all attention projections of a kohya file, the most frequent one
 ONE_ALPHA = {name: (rank, 1.0 if ".attn" in name else alpha) for name, (rank, alpha) in WIDE.items()}
 
 
@@ -105,7 +108,7 @@ def test_diffusers_loads_every_form_and_predicts_the_same_noise(form, wide, tmp_
 
 
 @pytest.mark.parametrize("wide", [attention_only(), WIDE])
-def test_peft_reads_a_saved_file_by_the_configuration_in_it(wide, tmp_path):
+def test_peft_loads_a_saved_file_with_the_configuration_in_it(wide, tmp_path):
     import peft
     unet, layers = with_layers(wide)
     save_lora(tmp_path / "lora.safetensors", layers)
@@ -117,8 +120,8 @@ def test_peft_reads_a_saved_file_by_the_configuration_in_it(wide, tmp_path):
     torch.testing.assert_close(output(theirs), output(unet), rtol=1e-9, atol=1e-9)
 
 
-def test_a_folder_that_peft_saved_is_read_with_the_configuration_beside_it(tmp_path):
-    """adapter_model.safetensors: names begin with base_model.model., alpha is in adapter_config.json alone."""
+def test_a_folder_saved_by_peft_is_loaded_with_its_configuration(tmp_path):
+    """adapter_model.safetensors: names begin with base_model.model., alpha is only in adapter_config.json."""
     import peft
     theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "conv1"],
                                                          init_lora_weights=False))
@@ -134,14 +137,14 @@ def test_a_folder_that_peft_saved_is_read_with_the_configuration_beside_it(tmp_p
     {"lora_adapter_metadata": '{"unet.alpha_pattern": {"*(": 2}}'},
     {"lora_adapter_metadata": '{"unet.alpha_pattern": {"to_q": "abc"}}'},
     {"lora_adapter_metadata": "[]"}, {"ddpo_min": "[]"}, {"ddpo_min": "3"}])
-def test_metadata_that_says_nothing_sensible_is_refused_in_one_line(metadata, saved, tmp_path):
+def test_malformed_metadata_is_refused_in_one_line(metadata, saved, tmp_path):
     save_file(load_file(saved[1]), tmp_path / "odd.safetensors", metadata=metadata)
     with pytest.raises(InputError, match="odd.safetensors: its metadata cannot be understood"):
         read_lora(tmp_path / "odd.safetensors", lora_modules(base()))
 
 
-def test_ours_reads_what_diffusers_saves_with_patterns_and_rank_stabilised_scale(tmp_path):
-    """PEFT's configuration travels in the metadata: ranks and alphas by pattern, and rslora's alpha / sqrt(rank)."""
+def test_files_of_diffusers_with_patterns_and_rank_stabilised_scale_are_loaded(tmp_path):
+    """PEFT's configuration is in the metadata: ranks and alphas by pattern, and rslora's alpha / sqrt(rank)."""
     import peft
     from diffusers.training_utils import _collate_lora_metadata
     pipeline = their_pipeline()
@@ -157,8 +160,8 @@ def test_ours_reads_what_diffusers_saves_with_patterns_and_rank_stabilised_scale
     torch.testing.assert_close(output(ours), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_the_names_diffusers_used_before_peft_are_read(tmp_path):
-    """attn1.processor.to_out_lora.down and ff.net.2.lora.down: to_out has no number there."""
+def test_the_names_that_diffusers_used_before_peft_are_loaded(tmp_path):
+    """attn1.processor.to_out_lora.down and ff.net.2.lora.down: to_out has no number."""
     unet, layers = with_layers({TRANSFORMER + name: (2, 2) for name in ("attn1.to_q", "attn2.to_out.0", "ff.net.2")})
     state = {}
     for name, old in (("attn1.to_q", "attn1.processor.to_q_lora"), ("attn2.to_out.0", "attn2.processor.to_out_lora"),
@@ -166,7 +169,7 @@ def test_the_names_diffusers_used_before_peft_are_read(tmp_path):
         layer = layers[TRANSFORMER + name]
         state[f"unet.{TRANSFORMER}{old}.down.weight"] = layer.lora_A.weight.detach()
         state[f"unet.{TRANSFORMER}{old}.up.weight"] = layer.lora_B.weight.detach()
-    for prefix in ("unet.", ""):        # the first releases had no unet. either
+    for prefix in ("unet.", ""):        # the first releases had no unet. prefix either
         save_file({name.replace("unet.", prefix): t for name, t in state.items()}, tmp_path / "old.safetensors")
         ours = base()
         assert load_lora(tmp_path / "old.safetensors", ours).keys() == layers.keys()
@@ -188,7 +191,7 @@ def real_kohya():
 
 
 def stable_diffusion(add):
-    """{name: shape} of the kohya form of the LoRA that `add` puts on a UNet of SD 1.x's size, without memory."""
+    """{name: shape}, metadata of the kohya form of the LoRA that `add` puts on a UNet of SD 1.x's size."""
     with torch.device("meta"):
         unet = UNet()
     layers = {name: (layer.lora_A.weight, layer.lora_B.weight, 7.0) for name, layer in add(unet).items()}
@@ -209,17 +212,18 @@ def test_kohya_names_and_shapes_are_those_of_a_real_file():
     assert whole == real
 
 
-def test_both_forms_tell_the_story(saved):
-    story = dict(reward="jpeg", command="python train.py --reward jpeg")
+def test_both_forms_keep_the_details_of_the_run(saved):
+    details = dict(reward="jpeg", command="python train.py --reward jpeg")
     wide = len({tensor.shape[0] for name, tensor in load_file(saved[1]).items() if "lora_A" in name}) > 1
     ranks = dict(rank=[1, 2, 3, 4, 5], alpha=[0.5, 1, 2, 3, 4, 8]) if wide else dict(rank=3, alpha=6)
     for form in ("kohya", "diffusers"):
-        told = header(export_lora(saved[1], form))
-        assert json.loads(told["ddpo_min"]) == {**story, **ranks}
-        assert ("lora_adapter_metadata" in told) == (form == "diffusers")
+        metadata = header(export_lora(saved[1], form))
+        assert json.loads(metadata["ddpo_min"]) == {**details, **ranks}
+        assert ("lora_adapter_metadata" in metadata) == (form == "diffusers")
         if form == "kohya":
-            assert (told["ss_network_dim"], told["ss_network_alpha"]) == (("Dynamic",) * 2 if wide else ("3", "6.0"))
-            assert "ss_base_model_version" not in told         # not a text encoder of SD's width
+            values = metadata["ss_network_dim"], metadata["ss_network_alpha"]
+            assert values == (("Dynamic", "Dynamic") if wide else ("3", "6.0"))
+            assert "ss_base_model_version" not in metadata      # the width is not that of SD's text encoder
 
 
 # ---- round trips, exact
@@ -233,7 +237,7 @@ def test_ours_to_kohya_and_back_is_ours_to_the_last_bit(saved, tmp_path):
 
 
 def kohya_file(path, dtype=torch.float16):
-    """WIDE as another trainer writes it, by hand; returns {module: (A, B, alpha)} as stored."""
+    """Write WIDE as another trainer does, without our code; returns {module: (A, B, alpha)} as stored."""
     torch.manual_seed(2)
     unet, state, layers = base(), {}, {}
     for name, (rank, alpha) in WIDE.items():
@@ -274,7 +278,7 @@ def test_all_names_of_the_shipped_model_and_of_stable_diffusion_can_be_exported(
         assert back.keys() == {f"unet.{name}.lora_{part}.weight" for name in layers for part in "AB"}
 
 
-# ---- files of others on a network
+# ---- files of other programs on a network
 
 def test_a_wider_file_adds_alpha_over_rank_b_a_to_each_layer(tmp_path):
     theirs = kohya_file(tmp_path / "theirs.safetensors")
@@ -292,7 +296,7 @@ def test_a_wider_file_adds_alpha_over_rank_b_a_to_each_layer(tmp_path):
         f"{name}.lora_{part}.weight" for name in WIDE for part in "AB"}
 
 
-def test_a_1x1_convolution_may_be_stored_as_a_linear_layer_and_the_other_way_round(tmp_path):
+def test_a_1x1_convolution_can_be_stored_as_a_linear_layer_and_vice_versa(tmp_path):
     unet, layers = with_layers({"mid_block.attentions.0.proj_in": (2, 2), TRANSFORMER + "attn1.to_q": (2, 2)})
     save_lora(tmp_path / "a.safetensors", layers)
     state = {name: t[:, :, 0, 0] if t.ndim == 4 else t[:, :, None, None]
@@ -315,7 +319,7 @@ def test_what_cannot_be_applied_is_named_in_one_line(tmp_path, capsys):
     state["lora_unet_somewhere_else.hada_w1_a"] = torch.ones(2, 2)
     save_file(state, path)
     layers = load_lora(path, base())
-    assert layers.keys() == WIDE.keys() - {TRANSFORMER + "attn1.to_q"}       # DoRA is more than B A: not half of it
+    assert layers.keys() == WIDE.keys() - {TRANSFORMER + "attn1.to_q"}       # DoRA is more than B A, so it is left out
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and f"{path}: 9 LoRA layers apply" in line
     assert f"3 of the text encoder ({text.format(0)}, {text.format(1)}, ...)" in line
@@ -340,7 +344,7 @@ CONV = "unet.conv_in."      # (16, 4, 3, 3)
     ({CONV + "lora_A.weight": (2, 4, 3, 3), CONV + "lora_B.weight": (16, 2, 1, 1), CONV + "alpha": (2,)}, "2 values"),
     ({CONV + "lora_A.weight": (2, 4, 1, 1), CONV + "lora_B.weight": (16, 2, 1, 1)}, "this model needs"),
 ])
-def test_files_of_which_nothing_fits_are_refused_in_one_line(state, words, tmp_path):
+def test_lora_files_that_do_not_fit_are_refused_in_one_line(state, words, tmp_path):
     save_file({name: torch.ones(shape) for name, shape in state.items()}, tmp_path / "wrong.safetensors")
     with pytest.raises(InputError, match=words) as error:
         load_lora(tmp_path / "wrong.safetensors", base())
@@ -366,7 +370,7 @@ def test_a_merged_file_is_the_base_with_the_lora(saved, scale, tiny_file, tmp_pa
     load_lora(saved[1], separate.unet, scale)
     wanted = output(separate.unet)
     assert (wanted - plain).abs().max() > 1e-3 and merged.image_size == 16
-    torch.testing.assert_close(output(merged.unet), wanted, rtol=1e-5, atol=1e-5)      # it was stored in float32
+    torch.testing.assert_close(output(merged.unet), wanted, rtol=1e-5, atol=1e-5)      # the file is float32
     assert load_file(out).keys() == load_file(tiny_file).keys()
 
 
@@ -403,7 +407,7 @@ def test_exporting_needs_no_prompt_and_no_weights_and_replaces_an_older_file(sav
         assert capsys.readouterr().out == f"wrote {saved[1].with_name(f'lora-{form}.safetensors')}\n"
     sample.main(["--lora", str(saved[1]), "--export-lora", "kohya", "--scale", "3"])
     three = load_file(target)
-    half = torch.zeros(1, 1, dtype=torch.bfloat16)      # no alpha is rounded
+    half = torch.zeros(1, 1, dtype=torch.bfloat16)      # alpha is not rounded to its dtype
     assert kohya_form({"a": (half, half, 0.3)})[0]["lora_unet_a.alpha"] == torch.tensor(0.3)
     assert_same_file(export_lora(saved[1], "kohya", 3.0), target)
     export_lora(saved[1], "kohya")
@@ -417,14 +421,14 @@ def test_exporting_needs_no_prompt_and_no_weights_and_replaces_an_older_file(sav
     (["--lora", "a.safetensors", "--merge", "x.ckpt"], "x.ckpt"),
     (["--lora", "a.safetensors", "--export-lora", "kohya", "--prompt", "a", "--prompts", "animals"], "--prompt"),
     (["--lora", "missing.safetensors", "--export-lora", "kohya"], "missing.safetensors: no such file")])
-def test_orders_that_make_no_sense_are_refused(wrong, words, tmp_path, monkeypatch):
+def test_flags_that_do_not_go_together_are_refused(wrong, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=words):
         sample.main(wrong)
     assert not list(tmp_path.iterdir())
 
 
-# ---- going on from a LoRA
+# ---- training that starts from a LoRA
 
 def arguments(model_file, out, *more, epochs=3):
     return ["--weights", str(model_file), "--preset", "laptop", "--samples", "8", "--updates", "2", "--steps", "3",
@@ -432,7 +436,7 @@ def arguments(model_file, out, *more, epochs=3):
             "--out", str(out), *more]
 
 
-def test_training_goes_on_from_a_lora_of_any_layers_and_resumes_exactly(tiny_file, tmp_path, capsys):
+def test_training_starts_from_a_lora_of_any_layers_and_resumes_exactly(tiny_file, tmp_path, capsys):
     start = tmp_path / "theirs.safetensors"
     kohya_file(start)
     weaker = {name: tensor * 0.1 if "lora_up" in name else tensor for name, tensor in load_file(start).items()}
@@ -440,7 +444,7 @@ def test_training_goes_on_from_a_lora_of_any_layers_and_resumes_exactly(tiny_fil
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train.main(arguments(tiny_file, whole, "--init-lora", str(start)))
     train.main(arguments(tiny_file, halves, "--init-lora", str(start), epochs=1))
-    start.unlink()                                  # the run has what it needs
+    start.unlink()                                  # the run has its own copy
     train.main(["--resume", str(halves), "--epochs", "3"])
     assert_same_file(whole / "lora.safetensors", halves / "lora.safetensors")
     trained = load_file(whole / "lora.safetensors")
@@ -450,32 +454,32 @@ def test_training_goes_on_from_a_lora_of_any_layers_and_resumes_exactly(tiny_fil
     assert len(changed) == len(WIDE)
     alphas = {name: alpha for name, (_, _, alpha) in read_lora(whole / "lora.safetensors", WIDE)[0].items()}
     assert alphas == {name: alpha for name, (_, alpha) in WIDE.items()}
-    story = json.loads(header(halves / "lora.safetensors")["ddpo_min"])
-    assert story["command"] == (
-        f"python train.py --weights {tiny_file} --preset laptop --samples 8 --updates 2 --steps 3 --epochs 1 "
-        f"--eval-samples 5 --device cpu --prompt-minimum 2 --out {halves} --init-lora {start} && "
-        f"python train.py --resume {halves} --epochs 3")
-    assert story["base"] == tiny_file.name and story["epochs"] == 3 and story["reward"] == "jpeg"
+    details = json.loads(header(halves / "lora.safetensors")["ddpo_min"])
+    command = shlex.split(details["command"])
+    assert command[:2] == ["python", "train.py"] and command[command.index("--epochs") + 1] == "3"
+    assert read_settings([*command[2:], "--out", str(whole)]) == make_settings(
+        init_lora=str(start), weights=str(tiny_file), samples=8, updates=2, steps=3, epochs=3, eval_samples=5,
+        device="cpu", prompt_minimum=2, out=str(whole))
+    assert details["base"] == tiny_file.name and details["epochs"] == 3 and details["reward"] == "jpeg"
     result = json.loads((halves / "result.json").read_text())
-    assert all(story[name] == result[name] for name in ("reward_before", "reward_after"))
+    assert all(details[name] == result[name] for name in ("reward_before", "reward_after"))
 
 
 def test_the_evaluation_before_a_run_already_has_the_lora_it_starts_from(tiny_file, tmp_path):
     unet, layers = with_layers(attention_only())
     save_lora(tmp_path / "a.safetensors", layers)
-    from ddpo_min.run import Trainable
     model = load_stable_diffusion(tiny_file)
-    trained = Trainable(model, "lora", 4, tmp_path / "a.safetensors")
+    learner = Learner(model, trainable="lora", rank=4, init_lora=tmp_path / "a.safetensors", seed=0, lr=1e-3,
+                      statistics=PromptStatistics())
     plain = load_stable_diffusion(tiny_file)
     load_lora(tmp_path / "a.safetensors", plain.unet)
     assert torch.equal(output(model.unet), output(plain.unet))
-    assert all(torch.equal(tensor, lora_state(layers)[name]) for name, tensor in trained.state().items())
+    assert all(torch.equal(tensor, lora_state(layers)[name]) for name, tensor in learner.parameters.items())
 
 
-def test_an_init_lora_has_ranks_of_its_own_and_is_no_start_for_the_whole_unet():
+def test_an_init_lora_has_its_own_ranks_and_cannot_start_a_training_of_the_whole_unet():
     with pytest.raises(InputError, match="--rank"):
-        parse(["--init-lora", "a.safetensors", "--rank", "8"])
-    assert parse(["--init-lora", "a.safetensors"])[0].init_lora == "a.safetensors"
+        read_settings(["--init-lora", "a.safetensors", "--rank", "8"])
+    assert read_settings(["--init-lora", "a.safetensors"]).init_lora == "a.safetensors"
     with pytest.raises(InputError, match="--merge"):
-        settings_from(dict(init_lora="a.safetensors", trainable="full"))
-    check(settings_from(dict(init_lora="a.safetensors")))
+        make_settings(init_lora="a.safetensors", trainable="full")

@@ -1,4 +1,4 @@
-"""LoRA: against PEFT, against its formula, and through its file."""
+"""LoRA: compared with PEFT and with its formula, saved and loaded."""
 import copy
 import json
 
@@ -26,7 +26,7 @@ def inputs(dtype=torch.float64):
 
 
 def trained(rank=3, alpha=6, dtype=torch.float64):
-    """A network whose LoRA does something, and its layers."""
+    """A network with a LoRA that changes its output, and its layers."""
     unet = base(dtype)
     layers = add_lora(unet, rank, alpha)
     torch.manual_seed(1)
@@ -62,7 +62,7 @@ def test_a_layer_adds_alpha_over_rank_times_b_a_x():
 
 
 def peft_copy(unet, layers, rank, alpha):
-    """PEFT's LoRA on the same base with the same tensors."""
+    """PEFT's LoRA on the same base model with the same tensors."""
     plain = base()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0)
     theirs = peft.get_peft_model(plain, config).double().eval()
@@ -115,7 +115,7 @@ def test_at_the_size_of_stable_diffusion_rank_4_trains_797184_parameters():
 
 
 def test_on_stable_diffusion_2_the_layers_are_the_same_and_the_output_pefts():
-    """None on the linear layers around its transformers; 829,952 parameters at its size and rank 4."""
+    """None on the linear proj_in and proj_out; 829,952 parameters at its size and rank 4."""
     two = dict(linear=True, context_width=1024, head_width=64)
     with torch.device("meta"):
         large = [add_lora(UNet(UNetConfig(**more)), rank=4) for more in ({}, two)]
@@ -136,7 +136,7 @@ def test_on_stable_diffusion_2_the_layers_are_the_same_and_the_output_pefts():
     torch.testing.assert_close(output(unet.double()), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_nothing_but_lora_is_trained():
+def test_only_the_lora_is_trained():
     unet, layers = trained()
     unet(*inputs()).square().mean().backward()
     for name, p in unet.named_parameters():
@@ -156,7 +156,7 @@ def test_train_and_eval_change_nothing():
 def test_merging_keeps_the_output_and_unmerging_restores_the_weights():
     unet, layers = trained()
     before, weights = output(unet), copy.deepcopy(unet.state_dict())
-    for _ in range(2):                                      # a second merge must not add a second time
+    for _ in range(2):                                      # merging twice must not add twice
         for layer in layers.values():
             layer.merge()
         torch.testing.assert_close(output(unet), before, rtol=1e-9, atol=1e-9)
@@ -181,7 +181,7 @@ def saved(tmp_path):
     return unet, layers, tmp_path / "lora.safetensors"
 
 
-def test_a_saved_lora_comes_back_to_the_last_bit_with_its_alpha(saved):
+def test_a_saved_lora_is_loaded_to_the_last_bit_with_its_alpha(saved):
     unet, layers, path = saved
     other = base(torch.float32)
     loaded = load_lora(path, other)
@@ -233,7 +233,7 @@ def test_a_file_that_does_not_fit_is_refused(change, message, saved, tmp_path):
         load_lora(tmp_path / "changed.safetensors", base(torch.float32))
 
 
-def test_halves_of_different_rank_and_files_that_are_no_lora_are_refused(saved, tmp_path):
+def test_layers_of_two_ranks_and_files_without_a_lora_are_refused(saved, tmp_path):
     state = load_file(saved[2])
     name = next(name for name in state if name.endswith("lora_A.weight"))
     state[name] = state[name][:2].contiguous()

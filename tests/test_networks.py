@@ -1,15 +1,18 @@
-"""The three networks against diffusers' and transformers' with the same random weights, in float64; the tokens."""
+"""The networks against those of diffusers and transformers with the same random weights, in float64; the tokens."""
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import their_text, their_unet, their_vae
 
+from conftest import their_text, their_unet, their_vae
+from ddpo_min.files import NotFinite
+from ddpo_min.layers import Attention, GroupNorm
 from ddpo_min.text import TextConfig, TextEncoder, tokenize
-from ddpo_min.unet import Attention, GroupNorm, UNet, UNetConfig
-from ddpo_min.vae import VAE, VAEConfig
+from ddpo_min.unet import UNet, UNetConfig
+from ddpo_min.vae import VAE, VAEConfig, decode_images
 
 START, END = 49406, 49407
 
@@ -18,7 +21,7 @@ UNETS = [
     UNetConfig(widths=(8, 16, 16, 24), attention=(True, True, True, False), layers=2, context_width=20, heads=2,
                groups=4),
     UNetConfig(widths=(12, 12, 24), attention=(True, False, False), layers=3, context_width=8, heads=3, groups=6),
-    # of Stable Diffusion 2.x's kind: linear layers around the transformers, heads of one width
+    # like Stable Diffusion 2.x: linear proj_in and proj_out, heads of one width
     UNetConfig(widths=(12, 24, 36, 36), attention=(True, True, True, False), layers=1, context_width=10, groups=6,
                head_width=6, linear=True),
 ]
@@ -43,13 +46,13 @@ def same_weights(ours, theirs):
 
 
 def assert_same(ours, theirs):
-    """Equal to 1e-9, and not because everything is nearly 0."""
+    """Equal up to 1e-9, and not only because both are nearly 0."""
     assert theirs.abs().max() > 0.01
     assert (ours - theirs).abs().max() < 1e-9
 
 
 def unet_input(config, seed=1):
-    """Three rectangular latents at three different times, with seven tokens each."""
+    """Three rectangular latents at three different timesteps, with seven tokens each."""
     torch.manual_seed(seed)
     side = 2 ** len(config.widths)
     x_t = torch.randn(3, 4, side, 2 * side, dtype=torch.float64)
@@ -57,7 +60,7 @@ def unet_input(config, seed=1):
 
 
 def vae_input(config, seed=1):
-    """Two rectangular latents and the images of their size."""
+    """Two rectangular latents, and images of the corresponding size."""
     torch.manual_seed(seed)
     latent = torch.randn(2, config.latent_channels, 2, 3, dtype=torch.float64)
     side = 2 ** (len(config.widths) - 1)
@@ -73,7 +76,7 @@ def test_unet_is_diffusers_unet(config):
 
 @pytest.mark.parametrize("config", VAES)
 def test_vae_moments_and_encode_are_diffusers(config):
-    """Mean and log-variance, its clamp at both ends included, and the scaled sample for a given noise."""
+    """Mean and log-variance, clamped at both ends, and the scaled sample for a given noise."""
     theirs, c = their_vae(config), config.latent_channels
     theirs.quant_conv.bias[c], theirs.quant_conv.bias[-1] = -40.0, 30.0
     ours = same_weights(VAE(config), theirs)
@@ -97,7 +100,7 @@ def test_vae_decode_is_diffusers_decode(config):
 
 @pytest.mark.parametrize("config", TEXTS)
 def test_text_encoder_is_transformers_clip(config):
-    """For full and for shorter sequences, repeated tokens included: no token is masked but the later ones."""
+    """For full and shorter sequences, also with repeated tokens: only later tokens are masked."""
     theirs = their_text(config)
     ours = same_weights(TextEncoder(config), theirs)
     torch.manual_seed(1)
@@ -107,25 +110,25 @@ def test_text_encoder_is_transformers_clip(config):
         assert_same(ours(ids), theirs(ids).last_hidden_state)
 
 
-def test_what_is_used_of_a_text_encoder_goes_through_the_final_norm():
-    """transformers' output of the last layer but one, normalised: Stable Diffusion 2.x reads OpenCLIP's so."""
+def test_the_output_of_the_last_used_layer_goes_through_the_final_norm():
+    """It is transformers' normalised output of the second to last layer, which Stable Diffusion 2.x uses."""
     config = TextConfig(vocabulary=90, width=32, layers=3, heads=4, inner=64, used=2, openclip=True)
     theirs = their_text(config)
     ours = same_weights(TextEncoder(config), theirs)
     ids = torch.randint(config.vocabulary, (2, 77), generator=torch.Generator().manual_seed(1))
     states = theirs(ids, output_hidden_states=True).hidden_states
-    assert len(states) == 4         # the embeddings and three layers
+    assert len(states) == 4         # of the embeddings and three layers
     assert_same(ours(ids), ours.text_model.final_layer_norm(states[-2]))
 
 
-def test_networks_leave_their_inputs_alone():
-    """Neither the UNet nor the VAE writes into a tensor it is given."""
+def test_networks_do_not_change_their_inputs():
+    """Neither the UNet nor the VAE changes a tensor that it is given."""
     unet, vae = UNet(UNETS[0]).double(), VAE(VAES[0]).double()
     latent, image = vae_input(VAES[0])
     for function, given in ((unet, unet_input(UNETS[0])), (vae.decode, (latent,)), (vae.encode, (image, latent))):
         before = [tensor.clone() for tensor in given]
         function(*given)
-        assert all(torch.equal(a, b) for a, b in zip(before, given)), function
+        assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True)), function
 
 
 def test_tokens_are_start_words_end_and_padded_with_end():
@@ -137,14 +140,14 @@ def test_tokens_are_start_words_end_and_padded_with_end():
     assert tokenize(["a fox"], positions=5).tolist() == [[START, 320, 3240, END, END]]
 
 
-def test_long_prompts_are_cut_to_77_tokens_and_still_closed():
+def test_long_prompts_are_cut_to_77_tokens_with_the_end_token():
     for words in (75, 76, 200):
         assert tokenize(["fox " * words])[0].tolist() == [START] + [3240] * 75 + [END]
     assert tokenize(["fox " * 74])[0].tolist() == [START] + [3240] * 74 + [END, END]
 
 
 def test_tokens_for_openclip_are_open_clips_own():
-    """Padded with 0, which is a word's id elsewhere; "!" as a word of a prompt has another id and stays itself."""
+    """Padded with 0, which is also the id of "!" inside a word; a "!" that ends a word has another id and stays."""
     from open_clip import get_tokenizer
     prompts = ["a fox", "", "wait! a fox!", "one two three four " * 40]
     ours = tokenize(prompts, padding=TextConfig(openclip=True).padding)
@@ -154,7 +157,7 @@ def test_tokens_for_openclip_are_open_clips_own():
 
 
 def test_tokens_are_those_of_transformers(tmp_path):
-    """CLIPTokenizer, built from the merges that open_clip carries, padded and cut to 77."""
+    """CLIPTokenizer, built from the merges in open_clip, padded and cut to 77."""
     import open_clip.tokenizer
     from transformers import CLIPTokenizer
     ours = open_clip.tokenizer.SimpleTokenizer()
@@ -175,7 +178,8 @@ def test_tokens_are_those_of_transformers(tmp_path):
 def test_on_a_cpu_attention_and_norms_of_16_bits_run_in_32_and_are_rounded_once(dtype, monkeypatch):
     ran, norm, attend = [], F.group_norm, F.scaled_dot_product_attention
     monkeypatch.setattr(F, "group_norm", lambda x, *rest: (ran.append(x.dtype), norm(x, *rest))[1])
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest: (ran.append(q.dtype), attend(q, *rest))[1])
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, *rest, **more: (ran.append(q.dtype), attend(q, *rest, **more))[1])
     torch.manual_seed(0)
     x = torch.randn(2, 12, 5, 5).to(dtype)
     layer = GroupNorm(3, 12, eps=1e-6).to(dtype)
@@ -185,7 +189,23 @@ def test_on_a_cpu_attention_and_norms_of_16_bits_run_in_32_and_are_rounded_once(
     assert torch.equal(layer(x), expected) and layer(x.float()).dtype == torch.float32
 
     layer, tokens = Attention(12, 3).to(dtype), x.flatten(2).transpose(1, 2)
-    q, k, v = (each(tokens).float().unflatten(-1, (3, 4)).transpose(1, 2) for each in (layer.to_q, layer.to_k, layer.to_v))
+    q, k, v = (project(tokens).float().unflatten(-1, (3, 4)).transpose(1, 2)
+               for project in (layer.to_q, layer.to_k, layer.to_v))
     expected = ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).to(dtype).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer(tokens), layer.to_out[0](expected), rtol=0.02, atol=0.02)
     assert set(ran) == {torch.float32}
+
+
+def test_images_are_decoded_in_batches_of_at_most_16_and_overflow_is_an_error(monkeypatch):
+    torch.manual_seed(0)
+    vae, sizes = VAE(VAES[0]), []
+    latents, decode = torch.randn(19, 4, 2, 3, dtype=torch.float64), vae.decode
+    monkeypatch.setattr(vae, "decode", lambda part: (sizes.append(len(part)), decode(part))[1])
+    images = decode_images(vae, latents)       # 16 and 3
+    exact = (decode(latents.float()).detach().clamp(-1, 1) + 1) * 127.5
+    assert images.shape == (19, 8, 12, 3) and images.dtype == np.uint8 and images.std() > 5
+    assert (torch.from_numpy(images).permute(0, 3, 1, 2) - exact).abs().max() < 0.501
+    assert (decode_images(vae, latents[:5]) == images[:5]).mean() > 0.99
+    assert sizes == [16, 3, 5]
+    with pytest.raises(NotFinite, match="the decoded pictures"):
+        decode_images(vae, latents * torch.inf)

@@ -1,4 +1,4 @@
-"""Reading and writing weights: the real names and shapes, round trips, diffusers folders, wrong files, memory."""
+"""Loading and saving weights: the real names and shapes, round trips, diffusers folders, wrong files, memory."""
 import json
 import re
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, randomise, their_text, their_unet, their_vae
 from diffusers import DDIMScheduler
 from open_clip import get_tokenizer
 from safetensors.torch import load_file, safe_open, save_file
 
+from conftest import ROOT, randomise, their_text, their_unet, their_vae
 from ddpo_min import layout
 from ddpo_min.files import InputError
 from ddpo_min.text import TextConfig, TextEncoder, tokenize
@@ -22,17 +22,16 @@ from ddpo_min.weights import _original_text, load_stable_diffusion, save_single_
 
 DATA = Path(__file__).parent / "data"
 
-# Three levels and nothing as in Stable Diffusion, so that each size must be found and each constant be read.
+# Three levels, and no size or constant as in Stable Diffusion, so that each must be read from the file.
 UNET = UNetConfig(widths=(8, 16, 24), attention=(True, False, True), layers=2, context_width=16, heads=2, groups=4)
 VAE_ = VAEConfig(widths=(4, 8, 12), layers=1, groups=2, latent_scale=0.25)
 TEXT = TextConfig(vocabulary=60, positions=10, width=16, layers=3, heads=4, inner=24)
 
-# The structure of Stable Diffusion 1.x, and so its names, in narrow.
+# The structure and so the names of Stable Diffusion 1.x, with fewer channels.
 NARROW = (UNetConfig(widths=(32, 64, 96, 96), context_width=24), VAEConfig(widths=(32, 64, 96, 96)),
           TextConfig(vocabulary=60, width=24, inner=48))
 
-
-# The kind of Stable Diffusion 2.x, small, its real sizes, and its names and constants in narrow.
+# Like Stable Diffusion 2.x: small; with its real sizes; with its names and constants but fewer channels.
 SMALL_2 = (UNetConfig(widths=(8, 16, 24), attention=(True, False, True), context_width=16, groups=4, head_width=4,
                       linear=True),
            VAE_, TextConfig(positions=10, width=16, layers=3, heads=4, inner=24, used=2, openclip=True))
@@ -53,7 +52,7 @@ def loaded(model):
 
 
 def real_layout(part):
-    """{name: shape} of the tensors of a real Stable Diffusion 1.x file, without the part's prefix."""
+    """{name: shape} of a network in a real Stable Diffusion 1.x file, without the prefix."""
     return read_layout(f"sd15_{part}.txt")
 
 
@@ -63,7 +62,7 @@ def read_layout(file):
 
 
 def real_layout_2(part):
-    """The same of 2.x: the UNet as its differences, the text encoder's layers once for all, all of the autoencoder."""
+    """The same of 2.x; its data files have only what differs in the UNet, and one text encoder layer for all."""
     if part == "text":
         return {name.replace("*", str(i)): shape for name, shape in read_layout("sd2_text.txt").items()
                 for i in range(24 if "*" in name else 1)}
@@ -71,7 +70,7 @@ def real_layout_2(part):
 
 
 def edit(source, target, change, metadata=True):
-    """Write a copy of a safetensors file whose {name: tensor} was changed in place; returns its path."""
+    """Copy a safetensors file, with its {name: tensor} changed in place by `change`; returns the new path."""
     state = load_file(source)
     change(state)
     with safe_open(source, "pt") as file:
@@ -92,21 +91,21 @@ def single_file(tmp_path_factory):
 @pytest.mark.parametrize("part, build, count", [
     ("unet", UNet, 859_520_964), ("vae", VAE, 83_653_863), ("text", TextEncoder, 123_060_480)])
 def test_default_sizes_are_stable_diffusion_1(part, build, count):
-    """Every name and shape of a real file, after renaming, and the known number of parameters; without memory."""
+    """All names and shapes of a real file, after renaming, and the known number of parameters; needs no memory."""
     with torch.device("meta"):
         network = build()
     pairs = dict(unet=layout.unet_prefixes((True, True, True, False), 2), vae=layout.vae_prefixes(4, 2),
                  text={"": "text_model"})[part]
     inverse = {ours: original for original, ours in pairs.items()}
     shapes = {layout.rename(name, inverse).lstrip("."): tuple(p.shape) for name, p in network.named_parameters()}
-    if part == "vae":       # its attention is written as 1x1 convolutions
+    if part == "vae":       # its attention is stored as 1x1 convolutions
         shapes = {name: s + (1, 1) if ".attn_1." in name and len(s) == 2 else s for name, s in shapes.items()}
     assert shapes == real_layout(part)
     assert sum(p.numel() for p in network.parameters()) == count
 
 
 def test_the_sizes_of_stable_diffusion_2_give_its_names_and_shapes():
-    """As above; the text encoder less what compares with pictures. The numbers of parameters are diffusers' too."""
+    """As above; the text encoder without its projection. diffusers has the same numbers of parameters."""
     with torch.device("meta"):
         unet, text = UNet(REAL_2[0]), TextEncoder(REAL_2[2])
     inverse = {ours: original for original, ours in layout.unet_prefixes(unet.config.attention, 2).items()}
@@ -115,12 +114,12 @@ def test_the_sizes_of_stable_diffusion_2_give_its_names_and_shapes():
     shapes = {name.removeprefix("cond_stage_model.model."): tuple(p.shape) for name, p in _original_text(text).items()}
     assert shapes == {n: s for n, s in real_layout_2("text").items() if n not in ("text_projection", "logit_scale")}
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724
-    without_the_last = [p.numel() for n, p in text.named_parameters() if ".layers.23." not in n]
-    assert sum(without_the_last) == 340_387_840
+    used_layers = [p.numel() for n, p in text.named_parameters() if ".layers.23." not in n]
+    assert sum(used_layers) == 340_387_840
 
 
 def test_saved_file_has_the_names_of_a_real_one(tmp_path):
-    """A narrow model of Stable Diffusion's structure: the same names and numbers of dimensions."""
+    """A model of Stable Diffusion's structure with fewer channels: the same names and numbers of dimensions."""
     save_single_file(tmp_path / "narrow.safetensors", *networks(*NARROW))
     ours = {name: tensor.ndim for name, tensor in load_file(tmp_path / "narrow.safetensors").items()}
     prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
@@ -131,12 +130,12 @@ def test_saved_file_has_the_names_of_a_real_one(tmp_path):
 
 @pytest.mark.parametrize("unet, vae", [NARROW[:2], (UNET, VAE_)])
 def test_layout_pairs_the_names_as_diffusers_does(tmp_path, unet, vae):
-    """diffusers' own converter turns our single file into our networks again: no two tensors of a shape are swapped."""
+    """diffusers' own converter gives our networks from our single file: no two tensors of equal shape are swapped."""
     from diffusers.loaders import single_file_utils as theirs
     parts = networks(unet, vae)
     save_single_file(tmp_path / "a.safetensors", *parts, dtype=torch.float32)
     state = load_file(tmp_path / "a.safetensors")
-    levels = dict(down_block_types=vae.widths, up_block_types=vae.widths)       # it only counts them
+    levels = dict(down_block_types=vae.widths, up_block_types=vae.widths)       # only their number counts
     for ours, converted in (
             (parts[0], theirs.convert_ldm_unet_checkpoint(dict(state), {"layers_per_block": unet.layers})),
             (parts[1], theirs.convert_ldm_vae_checkpoint(dict(state), levels))):
@@ -152,7 +151,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype):
     path, before = tmp_path / "model.safetensors", networks()
     save_single_file(path, *before, dtype=dtype)
     for wanted in (dtype, torch.float32):
-        for old, new in zip(before, loaded(load_stable_diffusion(path, dtype=wanted))):
+        for old, new in zip(before, loaded(load_stable_diffusion(path, dtype=wanted)), strict=True):
             state = new.state_dict()
             assert state.keys() == old.state_dict().keys()
             for name, tensor in old.state_dict().items():
@@ -161,20 +160,20 @@ def test_round_trip_is_bit_identical(tmp_path, dtype):
 
 
 def test_sizes_come_from_shapes_and_metadata(single_file):
-    """Configurations return unchanged; networks are frozen; the report counts each part's tensors."""
+    """Configurations are the saved ones; networks are frozen; the report has the number of each part's tensors."""
     model = load_stable_diffusion(single_file)
     assert (model.unet.config, model.vae.config, model.text_encoder.config) == (UNET, VAE_, TEXT)
     assert (model.image_size, model.latent_size) == (40, 10)
     assert not any(p.requires_grad for network in loaded(model) for p in network.parameters())
     assert not any(network.training for network in loaded(model))
     counts = [len(network.state_dict()) for network in networks()]
-    for part, count in zip(("unet", "vae", "text"), counts):
+    for part, count in zip(("unet", "vae", "text"), counts, strict=True):
         assert f"{part} {count} tensors, 0 missing, 0 unexpected" in model.report
     assert "\n" not in model.report
 
 
 def test_without_metadata_the_constants_are_stable_diffusion_1s(tmp_path):
-    """A file of the world carries none: 8 heads, 32 groups, 12 heads in the text encoder, 0.18215, 512 pixels."""
+    """Files of other programs have none: 8 heads, 32 groups, 12 heads in the text encoder, 0.18215, 512 pixels."""
     save_single_file(tmp_path / "a.safetensors", *networks(*NARROW))
     path = edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", lambda state: None, metadata=False)
     model = load_stable_diffusion(path)
@@ -187,7 +186,7 @@ def test_without_metadata_the_constants_are_stable_diffusion_1s(tmp_path):
 
 @pytest.mark.parametrize("layers, used", [(3, 2), (2, None)])
 def test_round_trip_of_stable_diffusion_2(tmp_path, layers, used):
-    """Configurations and bits return, of the layer that is not used, too, where there is one; float16 and float32."""
+    """Configurations and all bits are the saved ones, also of a layer that is not used; float16 and float32."""
     path, text = tmp_path / "model.safetensors", replace(SMALL_2[2], layers=layers, used=used, vocabulary=60)
     configs = (*SMALL_2[:2], text)
     before = networks(*configs)
@@ -195,14 +194,14 @@ def test_round_trip_of_stable_diffusion_2(tmp_path, layers, used):
         save_single_file(path, *before, dtype=dtype)
         model = load_stable_diffusion(path, dtype=dtype)
         assert tuple(network.config for network in loaded(model)) == configs
-        for old, new in zip(before, loaded(model)):
+        for old, new in zip(before, loaded(model), strict=True):
             state = new.state_dict()
             assert old.state_dict().keys() == state.keys()
             assert all(torch.equal(tensor.to(dtype), state[name]) for name, tensor in old.state_dict().items())
 
 
 def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
-    """Its state dict, whole, as the text encoder of a file; its ln_final's output with the last block taken out."""
+    """A file with OpenCLIP's whole state dict, against the output of its ln_final without the last block."""
     from open_clip.model import CLIP
     unet, vae, text = SMALL_2
     theirs = randomise(CLIP(
@@ -215,7 +214,7 @@ def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
         remove("cond_stage_model.")(state)
         state.update({f"cond_stage_model.model.{name}": tensor for name, tensor in theirs.state_dict().items()
                       if not name.startswith("visual.")})
-        state["cond_stage_model.model.attn_mask"] = torch.zeros(77, 77)     # files of old versions have it
+        state["cond_stage_model.model.attn_mask"] = torch.zeros(77, 77)     # old files have it
 
     path = edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", put_openclip)
     assert {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"} <= load_file(path).keys()
@@ -230,7 +229,7 @@ def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
 
 
 def noise_through(unet):
-    """Make a UNet answer with about its input: past everything between the first convolution and the last block."""
+    """Make a UNet's output about equal to its input, by a path from the first convolution to the last block."""
     last, layers, at = f"up_blocks.{len(unet.config.widths) - 1}", unet.config.layers, torch.arange(4)
     block = f"{last}.resnets.{layers}"
     for name, p in unet.named_parameters():
@@ -239,12 +238,12 @@ def noise_through(unet):
     unet.conv_in.weight[at, at, 1, 1] = unet.conv_out.weight[at, at, 1, 1] = 1
     unet.get_parameter(f"{block}.conv_shortcut.weight")[at, unet.config.widths[0] + at, 0, 0] = 1
     unet.conv_norm_out.weight.fill_(0.1)
-    unet.conv_norm_out.bias.fill_(3)        # where SiLU is nearly a straight line
+    unet.conv_norm_out.bias.fill_(3)        # where SiLU is nearly linear
     return unet
 
 
-def test_without_metadata_a_2x_file_has_2xs_constants(tmp_path):
-    """Names are those of a real file; heads 64 wide, 16 in the text encoder, of which 23 layers are used."""
+def test_without_metadata_the_constants_of_a_2x_file_are_stable_diffusion_2s(tmp_path):
+    """Names are those of a real file; heads have width 64, 16 in the text encoder, of which 23 layers are used."""
     unet, vae, text = networks(*NARROW_2)
     save_single_file(tmp_path / "a.safetensors", noise_through(unet), vae, text)
     path = edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", lambda state: None, metadata=False)
@@ -259,9 +258,9 @@ def test_without_metadata_a_2x_file_has_2xs_constants(tmp_path):
 
 @pytest.mark.parametrize("factor, says, words", [
     (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "v", ["predicts v, not epsilon"]),
-    (-1, "", ["answers pure noise", "seems to predict v"]), (torch.nan, "", ["answers pure noise"])])
-def test_what_does_not_predict_noise_is_refused(tmp_path, factor, says, words):
-    """By its metadata, or, if that says nothing, by what a 2.x UNet answers to noise: here, the noise times factor."""
+    (-1, "", ["output for pure noise", "seems to predict v"]), (torch.nan, "", ["output for pure noise"])])
+def test_a_model_that_does_not_predict_noise_is_refused(tmp_path, factor, says, words):
+    """By its metadata or, without it, by a 2.x UNet's output for pure noise: here the noise times `factor`."""
     unet, vae, text = networks(*SMALL_2)
     noise_through(unet).conv_out.weight.mul_(factor)
     save_single_file(tmp_path / "a.safetensors", unet, vae, text, image_size=64)
@@ -275,19 +274,19 @@ def test_what_does_not_predict_noise_is_refused(tmp_path, factor, says, words):
 
 
 @pytest.mark.parametrize("start", [b"\x80", b"PK"])
-def test_no_header_length_looks_like_a_pickle(single_file, tmp_path, start):
-    """A safetensors file opens with the length of its header, whose first bytes can be those of a pickle or a zip."""
+def test_no_header_length_is_taken_for_a_pickle(single_file, tmp_path, start):
+    """A safetensors file begins with its header's length, which can have the first bytes of a pickle or a zip."""
     path, content = tmp_path / "model.safetensors", single_file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     longer = next(n for n in range(length, length + 2 ** 17) if n.to_bytes(8, "little").startswith(start))
-    padding = b" " * (longer - length)      # the format allows spaces behind the header
+    padding = b" " * (longer - length)      # the format allows spaces after the header
     path.write_bytes(longer.to_bytes(8, "little") + content[8:8 + length] + padding + content[8 + length:])
     assert load_stable_diffusion(path).report == load_stable_diffusion(single_file).report.replace(
         single_file.name, path.name)
 
 
 def add_training_leftovers(state):
-    """What full checkpoints carry besides the weights."""
+    """What full training checkpoints have besides the weights."""
     zeros = torch.zeros(1000)
     state.update({name: zeros.clone() for name in (
         "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -300,7 +299,7 @@ def add_training_leftovers(state):
 
 
 def drop_text_infix(state):
-    """The text encoder's names as some tools write them."""
+    """Rename the text encoder's tensors as some tools do."""
     for name in [name for name in state if ".text_model." in name]:
         state[name.replace(".text_model.", ".")] = state.pop(name)
 
@@ -309,7 +308,8 @@ def drop_text_infix(state):
 def test_variants_of_the_file_load_the_same(single_file, tmp_path, change):
     path = edit(single_file, tmp_path / "variant.safetensors", change)
     assert load_file(path).keys() != load_file(single_file).keys()
-    for a, b in zip(loaded(load_stable_diffusion(single_file)), loaded(load_stable_diffusion(path))):
+    models = load_stable_diffusion(single_file), load_stable_diffusion(path)
+    for a, b in zip(*map(loaded, models), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
@@ -330,16 +330,16 @@ def old_attention_names(folder):
 
 @pytest.mark.parametrize("variant", ["plain", "fp16", "old names", "2.x"])
 def test_diffusers_folder_gives_the_outputs_of_diffusers(tmp_path, variant):
-    """Written by their save_pretrained; the constants come from its config.json files, none is the default."""
+    """Saved by diffusers' save_pretrained; the constants are in the config.json files, none is the default."""
     text = TextConfig(width=16, layers=2, heads=4, inner=24, openclip=variant == "2.x")
     unet = SMALL_2[0] if variant == "2.x" else UNET
     theirs = [their_unet(unet, sample_size=6), their_vae(VAE_), their_text(text)]
     if variant == "2.x":
         DDIMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
-    for network, folder in zip(theirs, ("unet", "vae", "text_encoder")):
+    for network, folder in zip(theirs, ("unet", "vae", "text_encoder"), strict=True):
         if variant == "fp16":
             network.half().save_pretrained(tmp_path / folder, variant="fp16")
-            network.double()        # the values stay those of float16
+            network.double()        # the values stay float16's
         else:
             network.save_pretrained(tmp_path / folder)
     if variant == "old names":
@@ -410,7 +410,7 @@ def test_wrong_contents_are_named_in_one_line(single_file, tmp_path, change, wor
 
 
 def test_any_missing_tensor_or_wrong_shape_is_an_input_error(tiny_file, tmp_path):
-    """Whichever weight is taken out or has a dimension too many, one of each kind, the user gets the one line."""
+    """One weight of each kind is removed, or has one dimension too many: each time the error is one line."""
     state, path = load_file(tiny_file), tmp_path / "wrong.safetensors"
     state = {name: tensor[:9] if "token_embedding" in name else tensor for name, tensor in state.items()}
     kinds = {re.sub(r"\d+", "#", name): name for name in state if name.endswith("weight")}
@@ -463,7 +463,7 @@ def empty_folder(folder, single):
 
 
 def diffusers_folder(folder, single, **unet_config):
-    """A folder whose three files are there but hold other things than a config for Stable Diffusion 1.x promises."""
+    """A folder with the three files, but without the tensors of Stable Diffusion in them."""
     for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
                        ("text_encoder", "model")):
         (folder / part).mkdir()
@@ -516,9 +516,9 @@ def sdxl_folder(folder, single):
     (pickle_renamed, ["pickled checkpoint", "convert it to .safetensors"]),
     (empty_folder, ["a folder without unet/", SUPPORTED]),
     (folder_with_pickles, ["vae/diffusion_pytorch_model.safetensors", "found diffusion_pytorch_model.bin", SUPPORTED]),
-    (folder_with_broken_config, ["unet/config.json", "not JSON"]),
+    (folder_with_broken_config, ["unet/config.json", "not a JSON object"]),
     (inpainting_folder, ["9 input channels", SUPPORTED]),
-    (folder_of_uneven_heads, ["heads are not of one width", SUPPORTED]),
+    (folder_of_uneven_heads, ["heads have different widths", SUPPORTED]),
     (folder_of_broken_heads, ["cannot be understood", SUPPORTED]),
     (folder_that_predicts_v, ["predicts v_prediction, not epsilon", SUPPORTED]),
     (sdxl_folder, ["Stable Diffusion XL", SUPPORTED]),
@@ -529,7 +529,7 @@ def test_wrong_paths_are_named_in_one_line(single_file, tmp_path, make, words):
 
 
 def assert_refused(path, words):
-    """Loading raises InputError, one line that holds the path and the words."""
+    """Loading raises InputError, one line with the path and the words."""
     with pytest.raises(InputError) as caught:
         load_stable_diffusion(path)
     message = str(caught.value)
@@ -540,8 +540,8 @@ def assert_refused(path, words):
 
 # ---- memory
 
-def test_loading_initialises_nothing(single_file, monkeypatch):
-    """Networks are built on the meta device, where random initial values cost nothing."""
+def test_loading_initialises_no_weights(single_file, monkeypatch):
+    """Networks are built on the meta device, where random initial values cost no time."""
     devices, original = set(), torch.nn.init.kaiming_uniform_
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_",
                         lambda tensor, *a, **k: devices.add(tensor.device.type) or original(tensor, *a, **k))
@@ -554,10 +554,10 @@ import sys
 import torch
 from ddpo_min.weights import load_stable_diffusion
 
-def memory(key):        # kB; not ru_maxrss, which a child takes over from its parent
+def memory(key):        # kB; not ru_maxrss, which a child process inherits
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 
-with torch.device("meta"):      # the first embedding built there imports some 150 MB of torch, which are not weights
+with torch.device("meta"):      # the first embedding built there imports about 150 MB of torch code
     torch.nn.Embedding(1, 1)
 before = memory("VmRSS:")
 model = load_stable_diffusion(sys.argv[1])
@@ -568,9 +568,9 @@ print(memory("VmHWM:") - before, total)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_peaks_at_little_more_than_the_weights(tmp_path):
-    """Nothing is held twice: a 200 MB float32 file, loaded and read once, takes less than 1.65 times that.
+    """Nothing is in memory twice: a 200 MB float32 file, loaded and read once, takes less than 1.65 times its size.
 
-    Convolutions are copied into another order of memory; the pages of the file they came from stay counted.
+    Convolutions are copied into another memory format, and the mapped pages of their file still count.
     """
     with torch.device("meta"):
         parts = UNet(UNetConfig(widths=(128, 256, 416), attention=(False, True, True), layers=1)), VAE(VAE_), \

@@ -3,7 +3,7 @@
     python weights/evaluate.py                                    the whole model card
     python weights/evaluate.py --lora runs/jpeg/lora.safetensors  recognised animals and JPEG sizes, base and LoRA
 
-The judge is weights/classifier.safetensors, a network that neither the model nor any reward has seen.
+The classifier is weights/classifier.safetensors, a network that neither the model nor any reward has seen.
 """
 import argparse
 import sys
@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import world                                                            # noqa: E402
-from ddpo_min import figures, load_stable_diffusion                     # noqa: E402
-from ddpo_min.ddim import ddim_steps                                    # noqa: E402
-from ddpo_min.files import run_main                                     # noqa: E402
-from ddpo_min.judges import SMALL, ClipEye                              # noqa: E402
-from ddpo_min.lora import load_lora                                     # noqa: E402
-from ddpo_min.prompts import ANIMALS, find_prompts                      # noqa: E402
-from ddpo_min.rewards import jpeg_kilobytes                             # noqa: E402
-from ddpo_min.rollout import Policy, sample_trajectories                # noqa: E402
-from ddpo_min.settings import Settings                                  # noqa: E402
-from pretrain import Classifier, to_float                               # noqa: E402
+import world  # noqa: E402
+from ddpo_min import figures, load_stable_diffusion  # noqa: E402
+from ddpo_min.clip_rewards import SMALL, ClipScorer  # noqa: E402
+from ddpo_min.ddim import ddim_steps  # noqa: E402
+from ddpo_min.files import run_main  # noqa: E402
+from ddpo_min.lora import load_lora  # noqa: E402
+from ddpo_min.plan import micro_batches  # noqa: E402
+from ddpo_min.policy import Policy  # noqa: E402
+from ddpo_min.prompts import ANIMALS, find_prompts  # noqa: E402
+from ddpo_min.rewards import jpeg_kilobytes  # noqa: E402
+from ddpo_min.rollout import sample_trajectories  # noqa: E402
+from ddpo_min.settings import Settings  # noqa: E402
+from pretrain import Classifier, to_float  # noqa: E402
 
 HELD_OUT_WORLD = 99_000_000     # seeds of renders that no stage of pretraining draws
 
@@ -38,7 +40,7 @@ def load_half(module, name):
 
 @torch.no_grad()
 def recognised(classifier, images, animals):
-    """Which pictures (uint8 (N, 64, 64, 3)) the judge names rightly: bool (N,); animals: int (N,)."""
+    """Which pictures (uint8 (N, 64, 64, 3)) the classifier names rightly: bool (N,); animals: int (N,)."""
     logits = torch.cat([classifier(to_float(part, "cpu")) for part in np.array_split(images, -(-len(images) // 100))])
     return (logits.argmax(dim=1) == torch.as_tensor(animals)).numpy()
 
@@ -54,14 +56,14 @@ def within_prompt_std(values, animals):
 
 
 @torch.no_grad()
-def judge_parts(model, classifier):
+def measure_parts(model, classifier):
     """The CLIP, the classifier and the autoencoder on 1,800 held-out renders."""
-    clip = ClipEye(SMALL, "", "cpu")
+    clip = ClipScorer(SMALL, "", "cpu")
     images, _, animals, kinds = world.render_many(HELD_OUT_WORLD, 1800, activities=False)
     text = clip.texts(find_prompts("animals"))
     named = torch.cat([(clip.images(part) @ text.T).argmax(1) for part in np.array_split(images, 18)]).numpy()
     print(f"CLIP names the animal of {100 * (named == animals).mean():.1f}% of {len(images)} held-out renders")
-    print(f"the classifier (the judge) of {100 * recognised(classifier, images, animals).mean():.1f}%")
+    print(f"the classifier of {100 * recognised(classifier, images, animals).mean():.1f}%")
     images, _, animals, kinds = world.render_many(HELD_OUT_WORLD + 1, 700)
     x = [to_float(part, "cpu") for part in np.array_split(images, 7)]
     error = torch.cat([((model.vae.decode(model.vae.encode(part)).clamp(-1, 1) - part) ** 2).mean((1, 2, 3))
@@ -75,7 +77,8 @@ def draw(model, per_animal, steps, guidance, seed=0):
     """per_animal pictures of each of the 45 prompts, as sample.py draws them: images, animals."""
     prompts = [prompt for prompt in find_prompts("animals") for _ in range(per_animal)]
     policy = Policy(model, ddim_steps(steps), guidance)
-    images = sample_trajectories(policy, prompts, [seed + i for i in range(len(prompts))], 50, model.latent_size).images
+    seeds = [seed + i for i in range(len(prompts))]
+    images = sample_trajectories(policy, prompts, seeds, micro_batches(0, len(prompts), 50), keep="images").images
     return images, np.arange(len(prompts)) // per_animal
 
 
@@ -85,8 +88,8 @@ def report(name, images, animals, classifier):
     counts = [right[animals == a].sum() for a in range(len(ANIMALS))]
     per_animal = len(images) // len(ANIMALS)
     weakest = ", ".join(f"{ANIMALS[a]} {counts[a]}" for a in np.argsort(counts, kind="stable")[:5])
-    print(f"{name}: recognised {100 * right.mean():.1f}% of {len(images)}, weakest of {per_animal}: {weakest}; JPEG size "
-          f"{size.mean():.2f} kB, standard deviation within a prompt {within_prompt_std(size, animals):.2f} kB")
+    print(f"{name}: recognised {100 * right.mean():.1f}% of {len(images)}, weakest of {per_animal}: {weakest}; JPEG "
+          f"size {size.mean():.2f} kB, standard deviation within a prompt {within_prompt_std(size, animals):.2f} kB")
     return right
 
 
@@ -104,7 +107,7 @@ def main():
     model = load_stable_diffusion(args.weights)
     classifier = load_half(Classifier(), "classifier.safetensors")
     if not args.lora:
-        judge_parts(model, classifier)
+        measure_parts(model, classifier)
     how = f"{steps} steps, guidance {guidance:g}"
     images, animals = draw(model, args.num, steps, guidance)
     before = report(how, images, animals, classifier)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import world                                                    # noqa: E402
-from ddpo_min.schedule import alphas_cumprod                    # noqa: E402
-from ddpo_min.text import TextConfig, TextEncoder, tokenize     # noqa: E402
-from ddpo_min.unet import UNet, UNetConfig                      # noqa: E402
-from ddpo_min.vae import VAE, VAEConfig                         # noqa: E402
+import world  # noqa: E402
+from ddpo_min.schedule import alphas_cumprod  # noqa: E402
+from ddpo_min.text import TextConfig, TextEncoder, tokenize  # noqa: E402
+from ddpo_min.unet import UNet, UNetConfig  # noqa: E402
+from ddpo_min.vae import VAE, VAEConfig  # noqa: E402
 
 UNET = UNetConfig(widths=(48, 96, 176), attention=(False, True, True), layers=1, context_width=48, heads=4, groups=16)
 VAE_ = VAEConfig(widths=(16, 32, 64), layers=1, groups=8)
@@ -39,7 +39,7 @@ STAGES = ["data", "vae", "clip", "classifier", "latents", "unet", "export"]
 
 
 class Classifier(nn.Module):
-    """A small convolutional network that names the animal, trained apart from everything else, to judge samples."""
+    """A small convolutional network that names the animal, trained apart from everything else, to check samples."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -218,7 +218,7 @@ def train_clip(args):
 
 
 def train_classifier(args):
-    """The judge: a network of its own, trained on renders blurred and grained at random."""
+    """The classifier: a network of its own, trained on renders blurred and grained at random."""
     torch.manual_seed(args.seed + 1)
     model = Classifier().to(args.device, memory_format=torch.channels_last)
     images, captions, animals, _ = load_or_render(args)

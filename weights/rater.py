@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import world                                                    # noqa: E402
-from ddpo_min.files import atomic                               # noqa: E402
-from ddpo_min.judges import SMALL, ClipEye                      # noqa: E402
+import world  # noqa: E402
+from ddpo_min.clip_rewards import SMALL, ClipScorer  # noqa: E402
+from ddpo_min.files import atomic  # noqa: E402
 
 WIDTHS = (64, 128, 32, 16, 1)       # LAION's are 768, 1024, 128, 64, 16, 1
 RATER_SEED = 77_000_000             # of renders that nothing else draws
@@ -50,11 +50,11 @@ def ratings(images, rng):
 
 def main(count=20_000, steps=3000):
     torch.manual_seed(0)
-    eye = ClipEye(SMALL, "", "cpu")
+    clip = ClipScorer(SMALL, "", "cpu")
     embeddings, said, true = [], [], []
     for part in tqdm(range(-(-count // 500)), desc="renders"):
         images = world.render_many([RATER_SEED, part], 500)[0]
-        embeddings.append(eye.images(images))
+        embeddings.append(clip.images(images))
         said.append(ratings(images, np.random.default_rng([RATER_SEED, part, 1])))
         true.append(rule(images))
     z, said, true = torch.cat(embeddings), torch.tensor(np.concatenate(said)).float(), np.concatenate(true)

@@ -1,4 +1,4 @@
-"""The world the shipped model lives in: 45 animals as emoji on seven kinds of background, 64 x 64 pixels, with captions.
+"""The world of the shipped model: 45 animals as emoji on seven kinds of background, 64 x 64 pixels, with captions.
 
     python weights/world.py --sheet world.png          a sheet of renders with their captions
     python weights/world.py --glyphs NotoColorEmoji.ttf  makes weights/glyphs.png again from the font
@@ -6,7 +6,7 @@
 A render is a pure function of a numpy random generator, so a seed names a picture for ever.
 """
 import argparse
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def plural(noun):
     return IRREGULAR.get(noun, noun + "s")
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(name):
     """One glyph, cropped to what is drawn: a PIL image, RGBA."""
     sheet = _sheet()
@@ -58,7 +58,7 @@ def glyph(name):
     return tile.crop(tile.getchannel("A").getbbox())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sheet():
     return Image.open(HERE / "glyphs.png").convert("RGBA")
 
@@ -198,7 +198,7 @@ def make_glyphs(font_path, out=HERE / "glyphs.png"):
         ImageDraw.Draw(tile).text((7, 7), chr(code), font=font, embedded_color=True)
         box = tile.getchannel("A").getbbox()
         if box is None:
-            raise SystemExit(f"{font_path}: no glyph for {NAMES[i]} (U+{code:X}); expected Noto Color Emoji 15 or later")
+            raise SystemExit(f"{font_path}: no glyph for {NAMES[i]} (U+{code:X}); expected Noto Color Emoji 15+")
         tile = tile.crop(box)
         tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         sheet.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
