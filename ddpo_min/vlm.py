@@ -1,34 +1,14 @@
 """The paper's alignment reward: a vision-language model says what it sees, BERTScore compares that with the prompt."""
-import base64
-import http.client
-import io
-import json
 import threading
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+from .chat import API_KEY_ENV, ChatModel, check_server, read_key
 from .files import InputError
-from .prompts import find_prompts
 from .rewards import find_own
 from .text import END_OF_TEXT, tokenize
-
-
-def check(settings):
-    """Refuse settings that the reward "vlm" could not work with. Raises InputError."""
-    if not settings.vlm_model:
-        raise InputError("--reward vlm: needs --vlm-model, the name under which the server at --vlm-url knows it")
-    if not settings.vlm_url.startswith(("http://", "https://")):
-        raise InputError(f"--vlm-url {settings.vlm_url}: expected http:// or https://")
-    if "{prompt}" not in settings.vlm_reference:
-        raise InputError(f"--vlm-reference {settings.vlm_reference!r}: expected {{prompt}} in it")
-    if settings.vlm_encoder:
-        find_own(settings.vlm_encoder, "--vlm-encoder")
 
 
 def bertscore_recall(reference, candidate, weights=None):
@@ -80,72 +60,59 @@ class TextEmbedder:
         return out
 
 
-class ChatModel:
-    """A vision-language model behind the chat API that vLLM, SGLang, Ollama, llama.cpp and LM Studio serve."""
+def check(*, url, model, reference, encoder, api_key_env=API_KEY_ENV):
+    """Refuse settings that the reward "vlm" could not work with, or that would give the API key away.
 
-    def __init__(self, url, model, question, timeout, retries, parallel, pause=1.0):
-        self.url, self.model, self.question = url.rstrip("/") + "/chat/completions", model, question
-        self.timeout, self.retries, self.pause = timeout, retries, pause
-        self.pool = ThreadPoolExecutor(parallel)
-        self.failed = threading.Event()     # once one request has failed for good, the others need not try on
-
-    def describe(self, image):
-        """What the model says of one picture, uint8 (H, W, 3). Raises InputError if the server stays away or errs."""
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content = [dict(type="text", text=self.question), dict(type="image_url", image_url=dict(url=picture))]
-        body = json.dumps(dict(model=self.model, temperature=0, max_tokens=100,
-                               messages=[dict(role="user", content=content)])).encode()
-        trouble = None
-        for attempt in range(self.retries + 1):
-            if attempt:
-                self.failed.wait(self.pause * 2 ** (attempt - 1))
-            if self.failed.is_set():
-                trouble = trouble or "another request failed"
-                break
-            try:
-                request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.loads(answer.read())["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):     # the request itself is wrong
-                    break
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                trouble = f"{type(error).__name__}: {error}"
-        self.failed.set()
-        raise InputError(f"the vision-language model at {self.url} gave no answer in {attempt + 1} "
-                         f"tr{'ies' if attempt else 'y'} ({trouble}); see --vlm-url and --vlm-model")
-
-    def describe_all(self, images):
-        """Several requests in flight; the answers in the order of the pictures."""
-        return list(self.pool.map(self.describe, images))
+    reference: the text that a description is compared with; encoder: "FILE.py:FUNCTION", or "" for the model's own;
+    api_key_env: the environment variable with the key, "" for none. Raises InputError.
+    """
+    if not model:
+        raise InputError("--reward vlm: needs --vlm-model, the name under which the server at --vlm-url knows it")
+    check_server(url, read_key(api_key_env), api_key_env)
+    if "{prompt}" not in reference:
+        raise InputError(f"--vlm-reference {reference!r}: expected {{prompt}} in it")
+    if encoder:
+        find_own(encoder, "--vlm-encoder")
 
 
-def alignment(settings, model, device):
-    """The reward "vlm": BERTScore recall of the description against the prompt, about 0 to 1."""
-    chat = ChatModel(settings.vlm_url, settings.vlm_model, settings.vlm_question, settings.vlm_timeout,
-                     settings.vlm_retries, settings.vlm_parallel)
-    own = settings.vlm_encoder
-    encoder = find_own(own, "--vlm-encoder") if own else TextEmbedder(model.text_encoder)
-    one_at_a_time = threading.Lock()    # several groups wait for the server at once; an encoder may not bear company
-    print(f"  reward vlm: {settings.vlm_model} at {chat.url}, BERTScore recall by "
-          f"{own or 'the text encoder of the model in use'}")
+class Alignment:
+    """The reward "vlm": BERTScore recall of a picture's description against its prompt, about 0 to 1."""
 
-    def embed(texts):
-        with one_at_a_time:
-            return encoder(texts)
+    def __init__(self, chat, encoder, reference, prompts, idf):
+        """chat: a ChatModel; encoder: like TextEmbedder; reference: a text with {prompt}; prompts: those trained on;
+        idf: whether to weight tokens by their rarity among them."""
+        self.chat, self.encoder, self.reference = chat, encoder, reference
+        self.one_at_a_time = threading.Lock()   # the reward is called in several threads; an encoder may not allow that
+        self.rarest = float(np.log(len(prompts) + 1))       # the idf of a token that no training prompt has
+        self.idf = idf_weights([tokens for tokens, _ in self.references(prompts)]) if idf else {}
 
-    def references(prompts):
-        return embed([settings.vlm_reference.replace("{prompt}", prompt) for prompt in prompts])
+    def __call__(self, images, prompts):
+        """uint8 (B, H, W, 3), list of B str -> list of B float. Raises InputError if the server gives no answer."""
+        candidates = self.embed(self.chat.describe_all(images))
+        return [bertscore_recall(reference, candidate, self.weights(tokens))
+                for (tokens, reference), (_, candidate) in zip(self.references(prompts), candidates)]
 
-    known = find_prompts(settings.prompts)
-    idf = idf_weights([tokens for tokens, _ in references(known)]) if settings.vlm_idf == "on" else {}
-    rarest = float(np.log(len(known) + 1))      # the idf of a token that no training prompt has
+    def references(self, prompts):
+        return self.embed([self.reference.replace("{prompt}", prompt) for prompt in prompts])
 
-    def reward(images, prompts):
-        candidates = embed(chat.describe_all(images))
-        return [bertscore_recall(r, c, torch.tensor([idf.get(token, rarest) for token in tokens]) if idf else None)
-                for (tokens, r), (_, c) in zip(references(prompts), candidates)]
-    return reward
+    def embed(self, texts):
+        with self.one_at_a_time:
+            return self.encoder(texts)
+
+    def weights(self, tokens):
+        return torch.tensor([self.idf.get(token, self.rarest) for token in tokens]) if self.idf else None
+
+
+def alignment(text_encoder, prompts, *, url, model, question, reference, encoder, idf, parallel, timeout, retries,
+              api_key_env=API_KEY_ENV):
+    """The reward function of these settings: (images, prompts) -> list of floats. Raises InputError.
+
+    text_encoder: a TextEncoder, which embeds where encoder is ""; prompts: those trained on, for idf.
+    """
+    api_key = read_key(api_key_env)
+    chat = ChatModel(url, model, question, timeout=timeout, retries=retries, parallel=parallel, api_key=api_key,
+                     api_key_env=api_key_env)
+    embedder = find_own(encoder, "--vlm-encoder") if encoder else TextEmbedder(text_encoder)
+    print(f"  reward vlm: {model} at {chat.url}{', with the API key in ' + api_key_env if api_key else ''}, BERTScore "
+          f"recall by {encoder or 'the text encoder of the model in use'}")
+    return Alignment(chat, embedder, reference, prompts, idf)
