@@ -12,14 +12,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo_min import figures
+from ddpo_min.cli import OneLineParser
 from ddpo_min.ddim import ddim_steps
+from ddpo_min.device import half_dtype, pick_device
 from ddpo_min.files import InputError, run_main
 from ddpo_min.interchange import FORMS, export_lora
 from ddpo_min.lora import load_lora, merge_lora, switched_off
-from ddpo_min.machine import half_dtype, pick_device
+from ddpo_min.plan import micro_batches
+from ddpo_min.policy import Policy
 from ddpo_min.prompts import HELD_OUT, find_prompts
-from ddpo_min.rollout import Policy, sample_trajectories
-from ddpo_min.settings import DTYPES, OneLineParser
+from ddpo_min.rollout import sample_trajectories
+from ddpo_min.settings import DTYPES
 from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion
 
 COLUMNS = 10    # pictures in a row of the grid, at most
@@ -47,8 +50,8 @@ def parse(arguments):
     parser.add_argument("--guidance", type=float, help="classifier-free (2 for the shipped model, 5 at 512 pixels)")
     parser.add_argument("--batch", type=int, help="pictures at a time (32 for the shipped model, 1 at 512 pixels)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the best there is")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (float32; of a large model on cuda bfloat16, or "
-                        "float16 where the GPU is older than that)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (float32; of a large model on cuda bfloat16, "
+                        "or float16 where the GPU is older than that)")
     parser.add_argument("--out", default="samples", help="folder for the pictures (samples)")
     args = parser.parse_args(arguments)
     files = args.export_lora or args.merge
@@ -79,7 +82,39 @@ def parse(arguments):
     return args
 
 
+def draw(policy, prompts, seeds, batch, latent_shape, out):
+    """Draw a picture for each prompt and write it as soon as it is there; with a LoRA, draw the base model's, too.
+
+    Returns (pictures, the base model's pictures), lists of uint8 (H, W, 3).
+    """
+    images, base = [], []
+    with tqdm(total=len(prompts), unit="picture") as bar:
+        for part in micro_batches(0, len(prompts), batch):
+            given = policy, prompts[part], seeds[part], [slice(None)]
+            if policy.lora:
+                with switched_off(policy.lora):
+                    base.extend(sample_trajectories(*given, keep="images", latent_shape=latent_shape).images)
+            for image in sample_trajectories(*given, keep="images", latent_shape=latent_shape).images:
+                figures.save_png(out / f"{len(images):04d}.png", Image.fromarray(image))
+                images.append(image)
+                bar.update()
+    return images, base
+
+
+def sheet(images, base, prompts, columns):
+    """All pictures in rows, the base model's above the LoRA's if there are any: a PIL image."""
+    rows, labels, captions = [], [], []
+    for part in micro_batches(0, len(images), columns):
+        for name, pictures in (("base", base), ("LoRA", images)):
+            if pictures:
+                rows.append(np.stack(pictures[part]))
+                labels.append(name)
+                captions.append([prompt[:24] for prompt in prompts[part]])
+    return figures.grid(rows, captions, labels if base else None)
+
+
 def main(arguments=None):
+    """The command: python sample.py --help."""
     args = parse(arguments)
     if args.export_lora:
         print(f"wrote {export_lora(args.lora, args.export_lora, args.scale)}")
@@ -96,39 +131,17 @@ def main(arguments=None):
     model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))
     print(model.report)
     width, _, height = args.size.partition("x")
-    latent_size = model.latent_shape(int(width), int(height or width)) if args.size else model.latent_size
+    latent_shape = model.latent_shape(int(width), int(height or width)) if args.size else None
     layers = load_lora(args.lora, model.unet, args.scale) if args.lora else {}
     steps, guidance, batch = (given if given is not None else (small if model.image_size < SD_SIZE else real)
                               for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
                                                          (args.batch, 32, 1)))
-    policy = Policy(model, ddim_steps(steps), guidance)
     print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, on {device}"
           + (f", {len(layers)} LoRA layers at scale {args.scale:g}" if layers else ""))
-
-    def draw(part):
-        return sample_trajectories(policy, prompts[part], seeds[part], batch, latent_size, whole=False).images
-
-    images, base = [], []
-    with tqdm(total=len(prompts), unit="picture") as bar:
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            if layers:
-                with switched_off(layers):
-                    base.extend(draw(part))
-            for image in draw(part):
-                figures.save_png(out / f"{len(images):04d}.png", Image.fromarray(image))
-                images.append(image)
-                bar.update()
-
+    policy = Policy(model, ddim_steps(steps), guidance, lora=layers)
+    images, base = draw(policy, prompts, seeds, batch, latent_shape, out)
     columns = min(args.num if args.num > 1 else len(images), COLUMNS)
-    rows, labels, captions = [], [], []
-    for start in range(0, len(images), columns):
-        for name, source in (("base", base), ("LoRA", images)):
-            if source:
-                rows.append(np.stack(source[start:start + columns]))
-                labels.append(name)
-                captions.append([prompt[:24] for prompt in prompts[start:start + columns]])
-    figures.save_png(out / "grid.png", figures.grid(rows, captions, labels if layers else None))
+    figures.save_png(out / "grid.png", sheet(images, base, prompts, columns))
     print(f"{out}/0000.png ... {out}/{len(images) - 1:04d}.png, all of them in {out}/grid.png")
 
 

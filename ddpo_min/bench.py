@@ -1,9 +1,10 @@
 """How fast, and in how much memory:  python -m ddpo_min.bench [--size sd15] [--against diffusers]
 
-One share of an epoch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as
+One minibatch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as
 a fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with random
 values, written first: time and memory do not depend on the values.
 """
+import argparse
 import statistics
 import tempfile
 import time
@@ -16,23 +17,29 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from .cli import OneLineParser, batch_size, check_settings
 from .ddim import ddim_steps
+from .ddpo import ddpo_update
+from .device import peak_memory_mb, pick_device
 from .files import InputError, run_main
 from .interchange import read_lora
 from .lora import add_lora, lora_state, save_lora
-from .machine import peak_memory_mb, pick_device, prepare
+from .memory import prepare
+from .optimizer import Optimizer
+from .plan import Plan
+from .policy import Policy
 from .rewards import find_own
-from .rollout import Policy, decode, sample_trajectories
-from .settings import DTYPES, OneLineParser, Settings, batch_size, check
+from .rollout import sample_trajectories
+from .settings import DTYPES, Settings
 from .text import TextEncoder
 from .unet import UNet
-from .update import Optimiser, ddpo_update
-from .vae import VAE
+from .vae import VAE, decode_images
 from .weights import SHIPPED, load_stable_diffusion, save_single_file
 
+ON_OFF = {True: "on", False: "off"}
 THEIRS = Path(__file__).resolve().parent.parent / "tests" / "diffusers_side.py"
 
-# What is timed unless flags say otherwise: a share of the laptop preset; a few steps of sd_lora's
+# What is timed unless flags say otherwise: a minibatch of the laptop preset; a few steps of sd_lora's
 SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
              sd15=dict(samples=1, steps=2, guidance=5.0, batch=1),
              sd15_gpu=dict(samples=16, steps=10, guidance=5.0, batch=4, dtype="bfloat16"))
@@ -53,7 +60,7 @@ def parse(arguments):
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks (sd15 on a GPU: bfloat16)")
     parser.add_argument("--profile", action="store_true", help="say where the time goes, operation by operation")
     for name in ("checkpointing", "compile"):
-        parser.add_argument(f"--{name}", default="off", choices=("on", "off"), help="as of train.py (off)")
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help="as of train.py")
     args = vars(parser.parse_args(arguments))
     if args["repeat"] < 1:
         raise InputError(f"--repeat {args['repeat']}: expected 1 or more")
@@ -64,7 +71,7 @@ def parse(arguments):
     given = {name: value for name, value in args.items() if value is not None}
     device = pick_device(device, {**values, **given}.get("dtype", "float32"))
     settings = Settings(preset="laptop", updates=1, **{**values, **given})
-    check(settings)
+    check_settings(settings)
     return size, repeat, against, where, device, settings
 
 
@@ -132,23 +139,23 @@ def diffusers_work(model, settings):
 
 
 class Work:
-    """A share of an epoch, done again and again; keeps the seconds of each phase."""
+    """A minibatch, sampled and trained on again and again; keeps the seconds of each phase."""
 
     def __init__(self, policy, parameters, settings):
         self.policy, self.settings = policy, settings
-        self.optimiser = Optimiser(parameters, settings)
+        self.optimizer = Optimizer(parameters, lr=settings.lr, scale_loss=settings.dtype == "float16")
+        self.plan = Plan(settings.samples, 1, settings.batch, range(settings.steps))
         self.sampling, self.training = [], []
 
     def do(self, keep=True):
         """Sample and train once; keep=False only warms up."""
-        s, policy = self.settings, self.policy
-        device, rng = self.optimiser.parameters[0].device, np.random.default_rng(0)
-        prompts, seeds = ["a fox"] * s.samples, range(s.samples)
+        s, plan, device = self.settings, self.plan, self.optimizer.parameters[0].device
+        prompts, seeds, rng = ["a fox"] * s.samples, range(s.samples), np.random.default_rng(0)
         advantages = torch.linspace(-1, 1, s.samples, device=device)
-        sampling, path = seconds(device, lambda: sample_trajectories(
-            policy, prompts, seeds, s.batch, policy.model.latent_size))
+        sampling, path = seconds(device, lambda: sample_trajectories(self.policy, prompts, seeds, plan.rollout()))
         training, _ = seconds(device, lambda: ddpo_update(
-            policy, self.optimiser, path, advantages, s, rng, lambda n: None))
+            self.policy, self.optimizer, path, advantages, rng, plan=plan, clip_range=s.clip_range,
+            emphasis=[1.0] * s.steps))
         if keep:
             self.sampling.append(sampling)
             self.training.append(training)
@@ -180,9 +187,9 @@ def print_rates(works, model, settings, rates):
 
 def print_whole_pictures(work, model):
     """What Stable Diffusion's usual 50 steps would take, from the few that were timed."""
-    s, device = work.settings, work.optimiser.parameters[0].device
+    s, device = work.settings, work.optimizer.parameters[0].device
     latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
-    decoding, _ = seconds(device, lambda: decode(model, latent, 1))
+    decoding, _ = seconds(device, lambda: decode_images(model.vae, latent))
     a_step = (statistics.median(work.sampling) / s.samples - decoding) / s.steps
     a_training_step = statistics.median(work.training) / s.samples / s.steps
     print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, {50 * a_training_step:.1f} s "
@@ -190,8 +197,8 @@ def print_whole_pictures(work, model):
 
 
 def print_profile(work):
-    """Where the time goes: torch's operations by their share of one more round, the largest first."""
-    on_gpu = work.optimiser.parameters[0].is_cuda
+    """Where the time goes: torch's operations by their part of one more minibatch, the largest first."""
+    on_gpu = work.optimizer.parameters[0].is_cuda
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
         work.do(keep=False)
     operations = [op for op in record.key_averages() if op.device_type == DeviceType.CPU]      # not a GPU's kernels
@@ -224,14 +231,17 @@ def main(arguments=None):
         print(f"{model.report}\nloaded in {loading:.1f} s, on {device}, {settings.dtype}")
         layers = add_lora(model.unet, settings.rank)
         parameters = list(lora_state(layers).values())
-        policy = Policy(model, ddim_steps(settings.steps), settings.guidance, layers)
-        settings = replace(settings, batch=prepare(policy, parameters, settings))
+        policy = Policy(model, ddim_steps(settings.steps), settings.guidance, lora=layers)
+        settings = replace(settings, batch=prepare(
+            policy, parameters, batch=settings.batch, minibatch=settings.samples, checkpointing=settings.checkpointing,
+            compile=settings.compile))
         works = dict(ours=Work(policy, parameters, settings))
         if against:
             works[against] = diffusers_work(model, settings)
         print(f"{settings.samples} pictures, {settings.steps} steps, guidance {settings.guidance:g}, "
-              f"{settings.batch} at a time, LoRA of rank {settings.rank}, checkpointing {settings.checkpointing}, "
-              f"compile {settings.compile}{' (ours alone)' * bool(against and settings.compile == 'on')}", flush=True)
+              f"{settings.batch} at a time, LoRA of rank {settings.rank}, "
+              f"checkpointing {ON_OFF[settings.checkpointing]}, compile {ON_OFF[settings.compile]}"
+              + " (ours alone)" * bool(against and settings.compile), flush=True)
         if size == "shipped" or device.type == "cuda":
             for work in works.values():
                 work.do(keep=False)

@@ -1,9 +1,12 @@
 """Pictures of a run: grids of samples with a line of text under each, and the learning curve."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from . import __version__
 from .files import atomic
 
+WRITER = f"ddpo_min {__version__}"
 GAP, LINE = 4, 15     # pixels between pictures, and for a line of text
 
 
@@ -40,9 +43,11 @@ def grid(rows, captions=None, labels=None):
 
 
 def save_png(path, image):
-    """Write a PIL image, atomically."""
+    """Write a PIL image, atomically, with the version that made it."""
+    info = PngInfo()
+    info.add_text("Software", WRITER)
     with atomic(path) as temporary:
-        image.save(temporary, "PNG")
+        image.save(temporary, "PNG", pnginfo=info)
 
 
 def save_curve(path, history, title):
@@ -77,5 +82,5 @@ def save_curve(path, history, title):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=110, metadata={"Software": WRITER})
     plt.close(figure)

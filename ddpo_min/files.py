@@ -14,8 +14,9 @@ class NotFinite(InputError):
     """The network's numbers overflowed or are no numbers any more: nothing it says from here on is of use."""
 
     def __init__(self, what):
-        super().__init__(f"{what} are not finite numbers; if --dtype is float16, it overflows: take float32, or bfloat16 "
-                         "on a GPU that has it; if not, the weights or the LoRA are damaged, or --lr is too large")
+        super().__init__(f"{what} are not finite numbers; if --dtype is float16, it overflows: take float32, or "
+                         "bfloat16 on a GPU that has it; if not, the weights or the LoRA are damaged, or --lr is "
+                         "too large")
 
 
 @contextmanager
@@ -57,14 +58,14 @@ def is_out_of_memory(error):
 def run_main(main):
     """Call a command's main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
-        sys.exit(main())
+        main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing on), "
+        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing), "
               "or another --device or --dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The losses of the paper, each for one batch of (sample, timestep) pairs."""
+"""The losses of the paper, each for one micro-batch of samples at one denoising step."""
 import torch
 
 
@@ -11,23 +11,22 @@ def ddpo_sf_loss(log_p, advantage):
     return -(advantage * log_p).mean()
 
 
-def ddpo_is_loss(log_p, log_p_old, advantage, clip_range):
+def ddpo_is_loss(ratio, advantage, clip_range):
     """PPO's clipped objective on the importance ratio: several updates may use the same samples.
 
-    L = mean_b max( -A_b ratio_b, -A_b clip(ratio_b, 1 - clip_range, 1 + clip_range) ),  ratio = exp(log_p - log_p_old)
-    [paper Sec. 4.3, DDPO_IS; clipped as PPO Eq. 7].   log_p, log_p_old, advantage: (B,); returns (scalar, ratio (B,)).
+    L = mean_b max( -A_b ratio_b, -A_b clip(ratio_b, 1 - clip_range, 1 + clip_range) )
+    [paper Sec. 4.3, DDPO_IS; clipped as PPO Eq. 7]
+    ratio = exp(log_p - log_p_old), advantage: (B,); returns a scalar.
     """
-    ratio = torch.exp(log_p - log_p_old)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped).mean(), ratio
+    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
 
 
 def rwr_loss(eps_hat, eps, weight):
-    """Reward-weighted regression: the denoising loss on the model's own pictures, each with its weight; the prediction
-    is guided if training is.
+    """Reward-weighted regression: the denoising loss on the model's own pictures, each with its weight.
 
     L = mean_b [ w_b mean_d (eps_hat - eps)^2 ]    [paper Sec. 4.2]
-    eps_hat, eps: (B, 4, h, w), predicted and true noise; weight: (B,); returns a scalar.
+    eps_hat, eps: (B, 4, h, w), predicted (guided if training is) and true noise; weight: (B,); returns a scalar.
     """
     return (weight * ((eps_hat - eps) ** 2).flatten(1).mean(dim=1)).mean()
 

@@ -1,13 +1,12 @@
 """Rewards: functions (images uint8 (B, H, W, 3), prompts: list of B str) -> B numbers. Higher is better.
 
-This file holds the two that need no network, finds all the others by name, and calls them safely.
+This file holds the two that need no network, finds a user's own, and calls them all safely.
 """
 import importlib
 import importlib.util
 import io
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,28 +33,10 @@ def incompressible(images, prompts):
 
 
 REWARDS = dict(jpeg=jpeg, incompressible=incompressible)
-JUDGED = ("aesthetic", "clip", "vlm")       # these need other networks: see judges.py and vlm.py
+WITH_NETWORKS = ("aesthetic", "clip", "vlm")       # made by clip_rewards.py and vlm.py
 
 
-def parse_rewards(spec, flag="--reward"):
-    """"aesthetic=1,jpeg=0.05" -> {name: weight}; a name alone has weight 1. Raises InputError if a name is unknown."""
-    weights = {}
-    for part in spec.split(","):
-        name, _, weight = (piece.strip() for piece in (part if "=" in part else part + "=1").rpartition("="))
-        if name in weights:
-            raise InputError(f"{flag} {spec}: {name} stands there twice; give it one weight")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise InputError(f"{flag} {spec}: {weight!r} is not a number; expected NAME=WEIGHT,NAME=WEIGHT")
-        if not np.isfinite(weights[name]) or weights[name] == 0:
-            raise InputError(f"{flag} {spec}: weight {weight}; expected a number other than 0")
-        if name not in REWARDS and name not in JUDGED:
-            find_own(name, flag)
-    return weights
-
-
-@lru_cache(maxsize=None)
+@cache
 def _module_of_file(path):
     """Run a user's file once; modules beside it can be imported from it."""
     sys.path.append(str(path.parent))
@@ -70,8 +51,8 @@ def find_own(name, flag="--reward"):
     """A user's reward: "my_rewards.py:red" or "package.module:function". Raises InputError if it is not there."""
     where, _, function = name.rpartition(":")
     if not where:
-        raise InputError(f"{flag} {name}: unknown; expected one of {', '.join([*REWARDS, *JUDGED])}, or your own as "
-                         "my_rewards.py:function or package.module:function")
+        raise InputError(f"{flag} {name}: unknown; expected one of {', '.join([*REWARDS, *WITH_NETWORKS])}, or your "
+                         "own as my_rewards.py:function or package.module:function")
     try:
         if where.endswith(".py"):
             if not Path(where).is_file():
@@ -88,87 +69,24 @@ def find_own(name, flag="--reward"):
     return getattr(module, function)
 
 
-def check_rewards(settings):
-    """The rewards of the settings: ({name: weight} of the sum, [names, the watched too]). Raises InputError."""
-    weights = parse_rewards(settings.reward)
-    watched = parse_rewards(settings.watch, "--watch") if settings.watch else {}
-    if any(weight != 1 for weight in watched.values()):
-        raise InputError(f"--watch {settings.watch}: weights have no meaning there; expected NAME,NAME")
-    names = list(dict.fromkeys([*weights, *watched]))
-    if set(names) & set(JUDGED):
-        from . import judges, vlm
-        judges.check(settings, names)
-        if "vlm" in names:
-            vlm.check(settings)
-    return weights, names
-
-
-def find_reward(name, settings=None, model=None, device="cpu"):
-    """The reward function of one name. settings, model, device: for those with networks of their own."""
-    if name in REWARDS:
-        return REWARDS[name]
-    if name in JUDGED:
-        from . import judges, vlm
-        return dict(aesthetic=judges.aesthetic, clip=judges.clip, vlm=vlm.alignment)[name](settings, model, device)
-    return find_own(name)
-
-
 def score(reward, images, prompts, name="the reward", first=0):
     """Call a reward and check what it returns: float64 (B,), finite. Raises InputError otherwise.
 
-    first: the number of the first of these images in its round, for the message.
+    first: the number of the first of these images in its epoch, for the message.
     """
     try:
         rewards = np.asarray(reward(images, prompts), dtype=np.float64)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name} failed on images {first} to {first + len(images) - 1} of the round, the first of "
+        raise InputError(f"{name} failed on images {first} to {first + len(images) - 1} of the epoch, the first of "
                          f"{prompts[0]!r} ({type(error).__name__}: {first_line(error)})")
     if rewards.shape != (len(images),):
         raise InputError(f"{name} returned shape {rewards.shape} for images {first} to {first + len(images) - 1} of "
-                         f"the round; expected ({len(images)},)")
+                         f"the epoch; expected ({len(images)},)")
     bad = np.flatnonzero(~np.isfinite(rewards))
     if len(bad):
         which = ", ".join(f"{first + i} ({prompts[i]!r})" for i in bad[:5]) + (" ..." if len(bad) > 5 else "")
-        raise InputError(f"{name} is {rewards[bad[0]]} for {len(bad)} of {len(images)} images; by their number in the "
-                         f"round: {which}; expected numbers")
+        raise InputError(f"{name} is {rewards[bad[0]]} for {len(bad)} of {len(images)} images; by their number in "
+                         f"the epoch: {which}; expected numbers")
     return rewards
-
-
-class Scorer:
-    """Scores groups of pictures beside the drawing of the next group; the order stays as given.
-
-    JPEG sizes and a server's answers are waited for in several threads; all others, also users' own, which may not bear
-    company, in one.
-    """
-
-    def __init__(self, weights, functions):
-        """weights: {name: weight in the sum}, absent or 0 if only watched; functions: {name: reward function}."""
-        self.weights, self.functions = weights, functions
-        alone = set(functions) - {"jpeg", "incompressible", "vlm"}
-        self.pool, self.pending, self.count = ThreadPoolExecutor(max_workers=1 if alone else 4), [], 0
-
-    def add(self, images, prompts):
-        """Begin to score a group: uint8 (B, H, W, 3), list of B str. Raises what an earlier group's reward raised."""
-        if any(group.done() and group.exception() for group in self.pending):
-            self.take()         # raises: no need to draw the rest of the round
-        first, self.count = self.count, self.count + len(images)
-        self.pending.append(self.pool.submit(lambda: {
-            name: score(function, images.copy(), prompts, f"reward {name}", first)      # a copy: it may be written into
-            for name, function in self.functions.items()}))
-
-    def take(self):
-        """Wait for everything added: (total (N,), {name: (N,)}). Raises what a reward raised."""
-        try:
-            parts = [group.result() for group in self.pending]
-        finally:
-            self.forget()
-        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions}
-        return sum(weight * scores[name] for name, weight in self.weights.items()), scores
-
-    def forget(self):
-        """Drop what was added and not taken."""
-        for group in self.pending:
-            group.cancel()
-        self.pending, self.count = [], 0

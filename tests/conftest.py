@@ -36,7 +36,7 @@ def random_lora_policy(path, guidance, steps, dtype=torch.float32):
     """(a policy whose LoRA has random values, its parameters): for updates against gradients written by hand."""
     from ddpo_min.ddim import ddim_steps
     from ddpo_min.lora import add_lora
-    from ddpo_min.rollout import Policy
+    from ddpo_min.policy import Policy
     from ddpo_min.weights import load_stable_diffusion
     model = load_stable_diffusion(path, dtype=dtype)
     torch.manual_seed(0)
@@ -44,15 +44,23 @@ def random_lora_policy(path, guidance, steps, dtype=torch.float32):
     parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
     for p in parameters:
         torch.nn.init.normal_(p, std=0.1)
-    return Policy(model, ddim_steps(steps), guidance, layers), parameters
+    return Policy(model, ddim_steps(steps), guidance, lora=layers), parameters
 
 
-def plain_descent(parameters, settings, lr=1.0):
-    """The optimiser of the updates with gradient descent in AdamW's place: at rate 1 the change is the gradient."""
-    from ddpo_min.update import Optimiser
-    optimiser = Optimiser(parameters, settings)
-    optimiser.rule = torch.optim.SGD(parameters, lr=lr)
-    return optimiser
+def plain_descent(parameters, lr=1.0, **more):
+    """The optimizer of the updates with gradient descent in AdamW's place: at rate 1 the change is the gradient."""
+    from ddpo_min.optimizer import Optimizer
+    optimizer = Optimizer(parameters, lr=lr, grad_clip=1e9, **more)
+    optimizer.rule = torch.optim.SGD(parameters, lr=lr)
+    return optimizer
+
+
+def cut(count, size, minibatch=None):
+    """The samples 0 .. count - 1 in micro-batches of `size`, none of which crosses a minibatch."""
+    from ddpo_min.plan import micro_batches
+    minibatch = minibatch or count
+    return [part for first in range(0, count, minibatch)
+            for part in micro_batches(first, min(first + minibatch, count), size)]
 
 
 def randomise(network, seed=0):

@@ -9,8 +9,9 @@ from PIL import Image
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.files import InputError
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
-from ddpo_min.rewards import find_reward, incompressible, jpeg, jpeg_kilobytes, score
-from ddpo_min.rollout import to_uint8
+from ddpo_min.rewards import incompressible, jpeg, jpeg_kilobytes, score
+from ddpo_min.scorer import find_reward
+from ddpo_min.vae import to_uint8
 
 
 def double(*values):
@@ -31,7 +32,8 @@ CASES = [(2.0, 1.1, -2.2, -2.2), (2.0, 0.9, -1.8, -1.8),    # inside: the plain 
 @pytest.mark.parametrize("advantage, ratio, loss, slope", CASES)
 def test_the_clipped_loss_is_the_pessimistic_one(advantage, ratio, loss, slope):
     log_p = (double(-3.0) + np.log(ratio)).requires_grad_()
-    got, got_ratio = ddpo_is_loss(log_p, double(-3.0), double(advantage), 0.2)
+    got_ratio = torch.exp(log_p + 3)
+    got = ddpo_is_loss(got_ratio, double(advantage), 0.2)
     got.backward()
     assert got.item() == pytest.approx(loss, rel=1e-12)
     assert got_ratio.item() == pytest.approx(ratio, rel=1e-12)
@@ -40,14 +42,13 @@ def test_the_clipped_loss_is_the_pessimistic_one(advantage, ratio, loss, slope):
 
 def test_the_clipped_loss_is_the_mean_of_a_batch():
     advantage, ratio, loss, _ = (double(*column) for column in zip(*CASES))
-    got, got_ratio = ddpo_is_loss(ratio.log() + 7, double(7.0).expand(8), advantage, 0.2)
+    got = ddpo_is_loss(ratio, advantage, 0.2)
     assert got.item() == pytest.approx(loss.mean().item(), rel=1e-12)
-    torch.testing.assert_close(got_ratio, ratio, rtol=1e-12, atol=0)
 
 
 def test_gradients_are_those_of_finite_differences():
     advantage, ratio, _, _ = (double(*column) for column in zip(*CASES))
-    for loss in (lambda x: ddpo_is_loss(x, double(-1.0).expand(8), advantage, 0.2)[0],
+    for loss in (lambda x: ddpo_is_loss(torch.exp(x + 1), advantage, 0.2),
                  lambda x: ddpo_sf_loss(x, advantage)):
         log_p = (ratio.log() - 1).requires_grad_()
         loss(log_p).backward()
@@ -120,11 +121,11 @@ def test_restored_statistics_continue_exactly():
     wanted = [whole.advantages(*batch) for batch in batches]
     for batch in batches[:3]:
         first.advantages(*batch)
-    kept = first.state()
+    kept = first.state_dict()
     text = json.dumps(kept)
     first.advantages(*batches[3])                           # does not reach what was kept
     assert json.dumps(kept) == text
-    second.load_state(json.loads(text))
+    second.load_state_dict(json.loads(text))
     for batch, advantages in zip(batches[3:], wanted[3:]):
         assert np.array_equal(second.advantages(*batch), advantages)
 
@@ -161,7 +162,7 @@ def test_an_unknown_reward_is_refused():
 @pytest.mark.parametrize("returned", [[1.0, float("nan"), 2.0], [1.0, 2.0, -np.inf]])
 def test_a_reward_that_is_no_number_is_refused_with_its_prompt(returned):
     bad = int(np.flatnonzero(~np.isfinite(returned))[0])
-    with pytest.raises(InputError, match=f"round: {bad} .'p{bad}'"):
+    with pytest.raises(InputError, match=f"epoch: {bad} .'p{bad}'"):
         score(lambda images, prompts: returned, pictures(), ["p0", "p1", "p2"])
 
 

@@ -7,11 +7,13 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from conftest import tiny_networks
+from conftest import cut, tiny_networks
 from ddpo_min.ddim import Steps, ddim_mean, ddim_sigma, ddim_step, ddim_steps, gaussian_log_prob, guide, step_weights
 from ddpo_min.lora import add_lora
-from ddpo_min.rollout import Policy, decode, groups, sample_noise, sample_trajectories
+from ddpo_min.policy import Policy
+from ddpo_min.rollout import sample_noise, sample_trajectories
 from ddpo_min.schedule import alphas_cumprod, sampling_timesteps
+from ddpo_min.vae import decode_images
 from ddpo_min.weights import StableDiffusion
 
 PROMPTS = ["a cat", "a Dog", "a cat", "two wolves in the park", "a fish"]
@@ -196,7 +198,7 @@ def test_the_policy_guides_as_two_separate_calls_would_and_calls_once(model, gui
     assert (eps_c - eps_u).abs().max() > 0.01
     calls = []
     hook = model.unet.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
-    got = Policy(model, ddim_steps(4), guidance).eps(x, 321, context, empty)
+    got = Policy(model, ddim_steps(4), None).eps(x, 321, context, guidance)
     hook.remove()
     torch.testing.assert_close(got, eps_u + guidance * (eps_c - eps_u), rtol=0, atol=1e-5)
     assert calls == [halves * 3]
@@ -205,13 +207,24 @@ def test_the_policy_guides_as_two_separate_calls_would_and_calls_once(model, gui
 @torch.no_grad()
 def test_the_network_is_told_the_timestep_and_moves_the_latent_by_its_step(model):
     steps = ddim_steps(4)
-    context, empty = model.encode_prompts(PROMPTS[:2]), model.encode_prompts([""] * 2)
+    context = model.encode_prompts(PROMPTS[:2])
     x, z = normal(2, 4, 8, 8, dtype=torch.float32), normal(2, 4, 8, 8, seed=1, dtype=torch.float32)
     for i, t in enumerate((751, 501, 251, 1)):
-        got, log_p = Policy(model, steps, 1.0).step(x, i, context, empty, noise=z)
+        got, log_p = Policy(model, steps, 1.0).act(x, i, context, z)
         wanted, wanted_log_p = ddim_step(x, model.unet(x, torch.full((2,), t), context), steps, i, noise=z)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(log_p, wanted_log_p, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_predictions_of_a_16_bit_network_are_compared_in_32_bits(guidance):
+    """Else the KL of two predictions would be a difference of 16-bit numbers, nearly all of it rounding."""
+    policy = Policy(tiny_model(torch.bfloat16), ddim_steps(4), guidance)
+    x, context = normal(2, 4, 8, 8, dtype=torch.float32), policy.model.encode_prompts(PROMPTS[:2])
+    with torch.no_grad():
+        eps = policy.eps(x, 500, context, guidance)
+        plain = policy.model.unet(x.bfloat16(), torch.full((2,), 500), context).float()
+    assert eps.dtype == torch.float32 and torch.equal(eps, plain) == (guidance == 1)
 
 
 def test_noise_is_each_samples_own_and_standard_normal():
@@ -225,57 +238,58 @@ def test_noise_is_each_samples_own_and_standard_normal():
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_sample_does_not_depend_on_the_batch_size_or_on_its_place(model, guidance):
     policy = Policy(model, ddim_steps(4), guidance)
-    whole = sample_trajectories(policy, PROMPTS, SEEDS, 5, 8)
+    whole = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 5), keep="path")
+    images_of_all = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 5), keep="images").images
     assert whole.latents.shape == (5, 4 + 1, 4, 8, 8) and whole.log_p_old.shape == (5, 4)
     assert torch.equal(whole.latents[:, 0], sample_noise(SEEDS, 4, (4, 8, 8))[:, 0])
-    assert np.array_equal(whole.images, decode(model, whole.latents[:, -1], 5))
-    for batch, share, order in ((1, None, [0, 1, 2, 3, 4]), (2, 3, [0, 1, 2, 3, 4]), (2, None, [4, 2, 0, 3, 1]),
+    assert np.array_equal(images_of_all, decode_images(model.vae, whole.latents[:, -1])) and len(whole.images) == 0
+    for batch, minibatch, order in ((1, None, [0, 1, 2, 3, 4]), (2, 3, [0, 1, 2, 3, 4]), (2, None, [4, 2, 0, 3, 1]),
                                 (5, None, [3, 4, 1, 0, 2])):
         prompts, seeds, images, asked = [PROMPTS[i] for i in order], [SEEDS[i] for i in order], [], []
-        part = sample_trajectories(policy, prompts, seeds, batch, 8, share,
-                                   finished=lambda group, theirs: (images.extend(group), asked.extend(theirs)))
-        assert asked == part.prompts == prompts and len(part.images) == 0
+        part = sample_trajectories(policy, prompts, seeds, cut(5, batch, minibatch),
+                                   on_images=lambda drawn, theirs: (images.extend(drawn), asked.extend(theirs)))
+        assert asked == prompts and len(part.images) == 0
         assert torch.equal(part.latents[:, 0], whole.latents[order, 0])
         torch.testing.assert_close(part.latents, whole.latents[order], rtol=0, atol=5e-5)
         torch.testing.assert_close(part.log_p_old, whole.log_p_old[order], rtol=0, atol=5e-5)
-        assert np.abs(np.stack(images).astype(int) - whole.images[order]).max() <= 1
-    other = sample_trajectories(policy, PROMPTS[1:] + PROMPTS[:1], SEEDS, 5, 8).latents[:, -1] - whole.latents[:, -1]
-    changed = other.flatten(1).abs().amax(dim=1)        # every picture gets another prompt
-    assert (changed > 1e-3).all()
+        assert np.abs(np.stack(images).astype(int) - images_of_all[order]).max() <= 1
+    other = sample_trajectories(policy, PROMPTS[1:] + PROMPTS[:1], SEEDS, cut(5, 5))
+    changed = (other.latents[:, -1] - whole.latents[:, -1]).flatten(1).abs().amax(dim=1)
+    assert (changed > 1e-3).all()              # every picture got another prompt
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_every_step_uses_noise_of_its_own(model, guidance):
     policy, noise = Policy(model, ddim_steps(4), guidance), sample_noise(SEEDS, 4, (4, 8, 8))
-    path = sample_trajectories(policy, PROMPTS, SEEDS, 5, 8)
+    path = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 5))
     for i in range(4):
         with torch.no_grad():
-            x, log_p = policy.step(path.latents[:, i], i, *path.context(torch.arange(5)), noise=noise[:, i + 1])
+            x, log_p = policy.act(path.latents[:, i], i, path.context(slice(0, 5)), noise[:, i + 1])
         assert torch.equal(x, path.latents[:, i + 1]) and torch.equal(log_p, path.log_p_old[:, i])
 
 
 def test_a_sample_keeps_its_own_context(model):
-    path = sample_trajectories(Policy(model, ddim_steps(2), 3.0), PROMPTS, SEEDS, 2, 8)
-    context, empty = path.context(torch.tensor([3, 0, 1]))
+    policy = Policy(model, ddim_steps(2), 3.0)
+    path = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 2))
     wanted = model.encode_prompts([PROMPTS[3], PROMPTS[0], PROMPTS[1], ""])
-    torch.testing.assert_close(context, wanted[:3], rtol=0, atol=1e-5)
-    torch.testing.assert_close(empty, wanted[3:].expand(3, -1, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(path.context(torch.tensor([3, 0, 1])), wanted[:3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(path.at(slice(1, 4), 0)[3][2], wanted[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.empty, wanted[3:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("dtype, lora", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 def test_scoring_a_stored_trajectory_gives_a_ratio_of_exactly_one(dtype, lora, guidance):
     policy = Policy(tiny_model(dtype, lora), ddim_steps(5), guidance)
-    path = sample_trajectories(policy, PROMPTS, SEEDS, 2, 8, share=3)
-    for start, stop in groups(5, 3, 2):
-        index = torch.arange(start, stop)
+    path = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 2, 3))
+    for samples in cut(5, 2, 3):
         for i in range(5):
+            x_t, x_prev, log_p_old, context = path.at(samples, i)
             for grad in (False, True):
                 with torch.set_grad_enabled(grad):
-                    _, log_p = policy.step(path.latents[index, i], i, *path.context(index),
-                                           x_prev=path.latents[index, i + 1])
-                assert torch.equal(log_p, path.log_p_old[index, i])
-                assert torch.exp(log_p - path.log_p_old[index, i]).eq(1).all()
+                    log_p, _ = policy.log_prob(x_prev, x_t, i, context)
+                assert torch.equal(log_p, log_p_old) and torch.equal(log_p_old, path.log_p_old[samples, i])
+                assert torch.exp(log_p - log_p_old).eq(1).all()
                 assert log_p.requires_grad == (grad and lora)
 
 

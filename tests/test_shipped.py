@@ -7,11 +7,11 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "weights"))
-import evaluate                                                 # noqa: E402
-import pretrain                                                 # noqa: E402
-import world                                                    # noqa: E402
-from ddpo_min.prompts import ANIMALS, find_prompts              # noqa: E402
-from ddpo_min.weights import load_stable_diffusion              # noqa: E402
+import evaluate
+import pretrain
+import world
+from ddpo_min.prompts import ANIMALS, find_prompts
+from ddpo_min.weights import load_stable_diffusion
 
 
 def test_a_seed_names_a_render_for_ever():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,15 +14,17 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from conftest import ROOT, plain_descent, random_lora_policy
-from ddpo_min import rewards, update
+from conftest import ROOT, cut, plain_descent, random_lora_policy
+from ddpo_min import optimizer, rewards
 from ddpo_min.ddim import ddim_steps, step_weights
+from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.files import InputError, atomic
-from ddpo_min.lora import add_lora
-from ddpo_min.prompts import HELD_OUT, draw, find_prompts, held_out
-from ddpo_min.rollout import Policy, groups, sample_noise, sample_trajectories
-from ddpo_min.settings import PRESETS, Settings, _help_texts, parse, settings_from
-from ddpo_min.weights import SHIPPED, load_stable_diffusion
+from ddpo_min.plan import Plan
+from ddpo_min.policy import Policy
+from ddpo_min.prompts import HELD_OUT, draw_prompts, find_prompts, held_out
+from ddpo_min.rollout import sample_noise, sample_trajectories
+from ddpo_min.settings import Settings
+from ddpo_min.weights import load_stable_diffusion
 
 TIMES = ("sampling_images_per_s", "training_images_per_s", "peak_memory_mb")
 
@@ -34,7 +37,7 @@ def arguments(model_file, out, *more, epochs=4):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in (*TIMES, "version")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -89,57 +92,54 @@ def test_the_run_learns_something_and_says_so(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["epochs"] == 4 and result["reward_before"] != result["reward_after"]
     config = json.loads((finished / "config.json").read_text())
-    assert config["steps"] == 3 and set(config) == {field.name for field in fields(Settings)}
+    assert config["steps"] == 3 and set(config) == {field.name for field in fields(Settings)} | {"version"}
 
 
-@pytest.mark.parametrize("algorithm,guidance,batch,weights", [("ddpo_sf", 1.0, 8, "paper"), ("ddpo_is", 3.0, 3, "even")])
+@pytest.mark.parametrize("algorithm, guidance, batch, weights", [
+    ("ddpo_sf", 1.0, 8, "paper"), ("ddpo_is", 3.0, 3, "even")])
 def test_an_update_takes_the_mean_gradient_over_samples_and_steps(tiny_file, algorithm, guidance, batch, weights):
     """With plain gradient descent at rate 1, the change of the LoRA is the policy gradient, written here by hand."""
-    settings = settings_from(dict(samples=8, updates=1, batch=batch, algorithm=algorithm, steps=3, guidance=guidance,
-                                  grad_clip=1e9, step_weights=weights))
     policy, parameters = random_lora_policy(tiny_file, guidance, 3)
-    prompts, seeds = draw(find_prompts("animals"), 8, 0, 0)
-    trajectories = sample_trajectories(policy, prompts, seeds, batch, policy.model.latent_size)
+    prompts, seeds = draw_prompts(find_prompts("animals"), 8, seed=0, epoch=0)
+    trajectories = sample_trajectories(policy, prompts, seeds, cut(8, batch))
     advantages = torch.randn(8)
 
     objective, w = 0.0, step_weights(policy.steps)
-    everyone = torch.arange(8)
+    context = trajectories.context(slice(0, 8))
     for i in range(3):
-        _, log_p = policy.step(trajectories.latents[:, i], i, *trajectories.context(everyone),
-                               x_prev=trajectories.latents[:, i + 1])
+        log_p, _ = policy.log_prob(trajectories.latents[:, i + 1], trajectories.latents[:, i], i, context)
         v = 1 if weights == "paper" else 3 / w[i] / sum(1 / x for x in w)
         objective = objective + v * (advantages * log_p).sum() / (8 * 3)
     expected = torch.autograd.grad(objective, parameters)
     before = [p.detach().clone() for p in parameters]
-    update.ddpo_update(policy, plain_descent(parameters, settings), trajectories, advantages, settings,
-                       np.random.default_rng(0), lambda done: None)
+    ddpo_update(policy, plain_descent(parameters), trajectories, advantages, np.random.default_rng(0),
+                plan=Plan(8, 1, batch, range(3)), clip_range=0.01 if algorithm == "ddpo_is" else None,
+                emphasis=even_emphasis(policy.steps) if weights == "even" else [1.0] * 3)
     largest = max(g.abs().max() for g in expected)
     assert largest > 1e-4
     for p, old, gradient in zip(parameters, before, expected):
         assert (p.detach() - old - gradient).abs().max() < 1e-4 * largest + 1e-6
 
 
-def test_timestep_fraction_trains_on_that_share_of_the_steps(tiny_file):
-    model = load_stable_diffusion(tiny_file)
-    layers = add_lora(model.unet, 2)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
-    policy = Policy(model, ddim_steps(4), 1.0)
-    settings = settings_from(dict(samples=4, updates=2, steps=4, timestep_fraction=0.5))
-    trajectories = sample_trajectories(policy, *draw(["a cat"], 4, 0, 0), 2, model.latent_size)
+def test_timestep_fraction_trains_on_so_many_of_the_steps(tiny_file):
+    policy, parameters = random_lora_policy(tiny_file, 1.0, 4)
+    trajectories = sample_trajectories(policy, *draw_prompts(["a cat"], 4, seed=0, epoch=0), cut(4, 2))
     scored, eps = [], policy.eps
     policy.eps = lambda x_t, t, *rest: (scored.append(int(t)), eps(x_t, t, *rest))[1]
-    update.ddpo_update(policy, plain_descent(parameters, settings), trajectories, torch.ones(4), settings,
-                       np.random.default_rng(0), lambda done: None)
+    ddpo_update(policy, plain_descent(parameters), trajectories, torch.ones(4), np.random.default_rng(0),
+                plan=Plan(4, 2, 64, range(4), fraction=0.5), clip_range=0.01, emphasis=[1.0] * 4)
     assert len(scored) == 4 and len(set(scored[:2])) == 2 and len(set(scored[2:])) == 2
 
 
 def test_prompts_are_drawn_evenly_and_seeds_never_meet_the_held_out_ones():
     prompts = find_prompts("animals")
-    drawn, seeds = draw(prompts, 256, seed=3, epoch=7)
+    draw = partial(draw_prompts, prompts, 256)
+    drawn, seeds = draw(seed=3, epoch=7)
     counts = [drawn.count(prompt) for prompt in prompts]
     assert len(prompts) == 45 and sum(counts) == 256 and max(counts) - min(counts) <= 1
     assert "an ant" in prompts and "a cat" in prompts
-    assert draw(prompts, 256, 3, 7) == (drawn, seeds) != draw(prompts, 256, 3, 8)
+    assert draw(seed=3, epoch=7) == (drawn, seeds) != draw(seed=3, epoch=8)
+    assert draw(seed=4, epoch=7) != (drawn, seeds)
     held = held_out(prompts, 1000)[1]
     assert HELD_OUT == min(held) and max(held) < 2 ** 31 <= min(seeds) and max(seeds) < 2 ** 32
     assert len(set(seeds)) == 256
@@ -147,7 +147,7 @@ def test_prompts_are_drawn_evenly_and_seeds_never_meet_the_held_out_ones():
 
 def test_seeds_that_differ_draw_noise_that_differs():
     """torch keeps 32 bits of a seed: the three ranges must not meet there."""
-    seeds = [0, 1, HELD_OUT, HELD_OUT + 1, *draw(["a cat"], 4, 0, 0)[1]]
+    seeds = [0, 1, HELD_OUT, HELD_OUT + 1, *draw_prompts(["a cat"], 4, seed=0, epoch=0)[1]]
     noise = sample_noise(seeds, 1, (1, 2, 2)).flatten(1)
     assert len({tuple(row.tolist()) for row in noise}) == len(seeds)
 
@@ -175,8 +175,9 @@ def test_sample_draws_pictures_of_the_size_asked_for(tiny_file, tmp_path, size, 
     assert image.size == wanted
     model = load_stable_diffusion(tiny_file)
     policy = Policy(model, ddim_steps(2), 2.0)
-    latents = sample_trajectories(policy, ["a fox"], [0], 1, (wanted[1] // 2, wanted[0] // 2))
-    assert np.array_equal(np.asarray(image), latents.images[0])
+    drawn = sample_trajectories(policy, ["a fox"], [0], cut(1, 1), keep="images",
+                                latent_shape=(wanted[1] // 2, wanted[0] // 2))
+    assert np.array_equal(np.asarray(image), drawn.images[0])
 
 
 @pytest.mark.parametrize("size, words", [
@@ -202,7 +203,8 @@ def test_sample_draws_num_pictures_for_every_line_of_a_file(tiny_file, tmp_path)
     (["--samples", "10", "--updates", "4"], "--samples 10"), (["--prompt-minimum", "40"], "--prompt-minimum 40"),
     (["--eta", "0"], "--eta"), (["--steps", "501"], "--steps 501"), (["--epochs", "0"], "--epochs 0"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--timestep-fraction", "1.5"], "--timestep-fraction"),
-    (["--device", "tpu"], "tpu"), (["--dtype", "float64"], "float64"), (["--algorithm", "ddpo_sf", "--updates", "4"], "ddpo_sf"),
+    (["--device", "tpu"], "tpu"), (["--dtype", "float64"], "float64"),
+    (["--algorithm", "ddpo_sf", "--updates", "4"], "ddpo_sf"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"), (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resume", "nowhere"], "nowhere"), (["--lr", "fast"], "fast"), (["--colour", "red"], "--colour"),
     (["--epoch", "3"], "--epoch"),
@@ -266,24 +268,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_every_setting_is_explained_and_every_preset_is_valid():
-    assert set(_help_texts()) == {field.name for field in fields(Settings)}
-    for preset in PRESETS:
-        assert settings_from({"preset": preset, "weights": "x.safetensors"}).preset == preset
-    settings, given = parse(["--clip-range", "1e-4", "--epochs", "3"])
-    assert (settings.clip_range, settings.epochs, given) == (1e-4, 3, {"clip_range", "epochs"})
-    assert settings_from({"weights": "x.safetensors"}).preset == "sd_lora"
-    assert settings_from({"algorithm": "ddpo_sf"}).updates == 1
-    assert settings_from({"weights": str(SHIPPED)}).preset == "laptop"
-
-
-def test_groups_never_cross_the_shares_of_the_updates():
-    assert groups(12, 6, 4) == [(0, 4), (4, 6), (6, 10), (10, 12)]
-    assert groups(5, 8, 2) == [(0, 2), (2, 4), (4, 5)]
-
-
 def test_an_evaluation_that_fails_between_costs_no_epoch(tiny_file, tmp_path, capsys):
-    """Its reward is called twice before, twice an epoch, twice an evaluation: the fifth call is the first evaluation's."""
+    """Its reward is called twice before, in an epoch and in an evaluation: the fifth call is an evaluation's."""
     (tmp_path / "fails.py").write_text("calls = []\n\n\ndef fifth(images, prompts):\n    calls.append(1)\n"
                                        "    if len(calls) == 5:\n        raise OSError('no answer')\n"
                                        "    return images.mean((1, 2, 3))\n")
@@ -296,17 +282,17 @@ def test_an_evaluation_that_fails_between_costs_no_epoch(tiny_file, tmp_path, ca
 
 def test_an_evaluation_that_is_not_finite_ends_the_run_at_the_last_good_epoch(tiny_file, tmp_path, monkeypatch):
     """Else the weights that overflow would replace those that did not."""
-    step, count = update.Optimiser.step, []
+    step, count = optimizer.Optimizer.step, []
 
-    def breaks(optimiser):
-        norm = step(optimiser)
+    def breaks(own):
+        norm = step(own)
         count.append(norm)
-        if len(count) == 4:         # the last update of the second epoch
-            optimiser.parameters[-1].data[:] = float("nan")
+        if len(count) == 4:         # the last step of the second epoch
+            own.parameters[-1].data[:] = float("nan")
         return norm
 
-    monkeypatch.setattr(update.Optimiser, "step", breaks)
+    monkeypatch.setattr(optimizer.Optimizer, "step", breaks)
     with pytest.raises(InputError, match="not finite numbers.*1 finished epochs are saved"):
         train.main(arguments(tiny_file, tmp_path / "out", "--eval-every", "1", epochs=3))
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
-    assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["trained"].values())
+    assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["learner"]["parameters"].values())

@@ -1,6 +1,6 @@
-"""Rewards that look with a CLIP: the aesthetic score and the likeness of picture and prompt.
+"""Rewards by a CLIP: the aesthetic score, and the similarity of picture and prompt.
 
-Beside real Stable Diffusion they use the real networks; beside the shipped model their small twins in weights/.
+Beside real Stable Diffusion they use the real networks; beside the shipped model small ones of their kind, in weights/.
 """
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from torch import nn
 
 from .files import InputError, atomic, first_line
 from .text import tokenize
-from .weights import SHIPPED, is_small
+from .weights import SHIPPED
 
 # The LAION aesthetic predictor on OpenAI's CLIP ViT-L/14, whose weights need the "quickgelu" variant
 LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
@@ -27,35 +27,37 @@ OPENAI_CLIP = "ViT-L-14-quickgelu"
 SMALL = "small"         # the CLIP of weights/
 
 
-def which_clip(settings):
-    """The CLIP in use: --clip-model, else the small one for a model of the shipped one's kind, OpenAI's for others."""
-    return settings.clip_model or (SMALL if is_small(settings.weights) else OPENAI_CLIP)
+def which_clip(model, small):
+    """The CLIP in use: the one that is named, else the small one beside a small model, else OpenAI's."""
+    return model or (SMALL if small else OPENAI_CLIP)
 
 
-def head_path(settings):
-    """The file of the aesthetic head in use. Raises InputError if it is LAION's and cannot be fetched."""
-    small = which_clip(settings) == SMALL
-    return Path(settings.aesthetic_head or (SHIPPED.parent / "aesthetic.safetensors" if small else laion_head_path()))
+def head_path(name, head):
+    """The file of the aesthetic head for the CLIP `name`. Raises InputError if LAION's cannot be fetched."""
+    return Path(head or (SHIPPED.parent / "aesthetic.safetensors" if name == SMALL else laion_head_path()))
 
 
-def check(settings, names):
-    """Refuse what the rewards of these names could not work with, before anything slow starts. Raises InputError."""
-    name = which_clip(settings)
-    if {"aesthetic", "clip"} & set(names) and name != SMALL:
+def check(names, *, small, model="", weights="", head=""):
+    """Refuse what the rewards of these names could not work with, before anything slow starts. Raises InputError.
+
+    small: whether pictures come from a model of the shipped one's kind; model, weights: of the CLIP; head: a file.
+    """
+    clip = which_clip(model, small)
+    if {"aesthetic", "clip"} & set(names) and clip != SMALL:
         import open_clip
-        if name not in open_clip.list_models():
-            raise InputError(f"--clip-model {name}: unknown to open_clip; open_clip.list_models() shows all")
+        if clip not in open_clip.list_models():
+            raise InputError(f"--clip-model {clip}: unknown to open_clip; open_clip.list_models() shows all")
     if "aesthetic" in names:
-        path = head_path(settings)
-        head = load_head(path)
-        width = (json.loads((SHIPPED.parent / "clip_config.json").read_text()) if name == SMALL
-                 else open_clip.get_model_config(name))["embed_dim"]
-        if head.layers[0].in_features != width:
-            raise InputError(f"--aesthetic-head {path}: made for embeddings of {head.layers[0].in_features} numbers, "
-                             f"but the CLIP {name} gives {width}")
+        path = head_path(clip, head)
+        inputs = load_head(path).layers[0].in_features
+        width = (json.loads((SHIPPED.parent / "clip_config.json").read_text()) if clip == SMALL
+                 else open_clip.get_model_config(clip))["embed_dim"]
+        if inputs != width:
+            raise InputError(f"--aesthetic-head {path}: made for embeddings of {inputs} numbers, but the CLIP {clip} "
+                             f"gives {width}")
 
 
-class ClipEye:
+class ClipScorer:
     """A CLIP that embeds pictures and texts, normalised; frozen."""
 
     def __init__(self, name, weights, device):
@@ -97,11 +99,15 @@ class ClipEye:
         """List of B str -> (B, width), of length 1."""
         return F.normalize(self.model.encode_text(self.tokenize(texts).to(self.device)).float(), dim=-1)
 
+    def similarity(self, images, prompts):
+        """The cosine similarity of each picture and its prompt: numpy (B,), -1 to 1."""
+        return (self.images(images) * self.texts(prompts)).sum(1).cpu().numpy()
+
 
 @functools.lru_cache(maxsize=1)
-def clip_eye(name, weights, device):
-    """A ClipEye, the same one for every reward that asks for it."""
-    return ClipEye(name, weights, device)
+def clip_scorer(name, weights, device):
+    """A ClipScorer, the same one for every reward that asks for it."""
+    return ClipScorer(name, weights, device)
 
 
 class AestheticHead(nn.Module):
@@ -122,6 +128,18 @@ class AestheticHead(nn.Module):
         for layer in self.layers:
             z = layer(z)
         return z[:, 0]
+
+
+class AestheticReward:
+    """A head's score of pictures, which a CLIP embeds for it."""
+
+    def __init__(self, scorer, head):
+        self.scorer, self.head = scorer, head
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        """uint8 (B, H, W, 3) -> numpy (B,)."""
+        return self.head(self.scorer.images(images)).cpu().numpy()
 
 
 def load_head(path):
@@ -171,23 +189,16 @@ def laion_head_path():
     return path
 
 
-def aesthetic(settings, model, device):
+def aesthetic(device, *, small, model="", weights="", head=""):
     """The reward "aesthetic": the head's score of the picture's embedding, about 1 to 10; the prompt plays no part."""
-    path = head_path(settings)
-    head, eye = load_head(path).to(device).eval(), clip_eye(which_clip(settings), settings.clip_weights, device)
-    print(f"  reward aesthetic: {path.name} on the CLIP {eye.name}")
-
-    @torch.no_grad()
-    def reward(images, prompts):
-        return head(eye.images(images)).cpu().numpy()
-    return reward
+    scorer = clip_scorer(which_clip(model, small), weights, device)
+    path = head_path(scorer.name, head)
+    print(f"  reward aesthetic: {path.name} on the CLIP {scorer.name}")
+    return AestheticReward(scorer, load_head(path).to(device).eval())
 
 
-def clip(settings, model, device):
+def clip(device, *, small, model="", weights="", head=""):
     """The reward "clip": cosine similarity of picture and prompt, -1 to 1."""
-    eye = clip_eye(which_clip(settings), settings.clip_weights, device)
-    print(f"  reward clip: cosine similarity by the CLIP {eye.name}")
-
-    def reward(images, prompts):
-        return (eye.images(images) * eye.texts(prompts)).sum(1).cpu().numpy()
-    return reward
+    scorer = clip_scorer(which_clip(model, small), weights, device)
+    print(f"  reward clip: cosine similarity by the CLIP {scorer.name}")
+    return scorer.similarity

@@ -1,0 +1,55 @@
+"""The optimizer: AdamW with the gradient's norm clipped, and the loss scaled up for float16."""
+import math
+
+import torch
+
+from .files import InputError, NotFinite
+
+
+class Optimizer:
+    """AdamW on what is trained, with the gradient clipped.
+
+    For float16 networks the loss is scaled up before the backward pass, or small gradients would round to zero; when
+    they overflow, the step is skipped and the scale halved.
+    """
+
+    def __init__(self, parameters, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, grad_clip=1.0,
+                 scale_loss=False):
+        """parameters: list of float32 tensors; scale_loss: for float16. Raises InputError for float16 on mps."""
+        device = parameters[0].device.type
+        if scale_loss and device == "mps":
+            raise InputError("--dtype float16: torch scales no loss on mps; start with --dtype bfloat16 or float32")
+        self.parameters, self.grad_clip = parameters, grad_clip
+        fused = parameters[0].is_cuda or None       # the usual one needs a fifth copy of all that is trained
+        self.rule = torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=fused)
+        self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
+
+    def backward(self, loss):
+        """The backward pass: add the loss's gradient to what has gathered since the last step."""
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Clip the gathered gradient and step; returns its norm before clipping, None if the step was skipped.
+
+        Raises NotFinite if the gradient is that and a smaller scale cannot help.
+        """
+        self.scaler.unscale_(self.rule)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip).item()
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:      # 1 without float16
+            raise NotFinite("the gradients")
+        self.scaler.step(self.rule)
+        self.scaler.update()
+        self.rule.zero_grad(set_to_none=True)
+        return norm if math.isfinite(norm) else None
+
+    def state_dict(self):
+        """AdamW's state, and the scale."""
+        return {**self.rule.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Go on from state_dict(), which may come from another device."""
+        self.rule.zero_grad(set_to_none=True)
+        self.rule.state.clear()         # before the new moments come: of a whole UNet two sets may not fit
+        groups = [{**group, "fused": self.rule.defaults["fused"]} for group in state["param_groups"]]
+        self.rule.load_state_dict({"state": state["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state.get("scaler", {}))

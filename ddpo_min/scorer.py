@@ -1,0 +1,128 @@
+"""Rewards by name, their weighted sum, and scoring beside sampling."""
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from . import clip_rewards, vlm
+from .files import InputError
+from .rewards import REWARDS, WITH_NETWORKS, find_own, score
+
+IN_THREADS = {"jpeg", "incompressible", "vlm"}      # these may be called from several threads at once
+
+
+def parse_rewards(text, flag="--reward"):
+    """"aesthetic=1,jpeg=0.05" -> {name: weight}; a name alone has weight 1. Raises InputError if a name is unknown."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = (piece.strip() for piece in (part if "=" in part else part + "=1").rpartition("="))
+        if name in weights:
+            raise InputError(f"{flag} {text}: {name} is given twice; give it one weight")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise InputError(f"{flag} {text}: {weight!r} is not a number; expected NAME=WEIGHT,NAME=WEIGHT") from None
+        if not np.isfinite(weights[name]) or weights[name] == 0:
+            raise InputError(f"{flag} {text}: weight {weight}; expected a number other than 0")
+        if name not in REWARDS and name not in WITH_NETWORKS:
+            find_own(name, flag)
+    return weights
+
+
+def check_rewards(reward, watch, *, small, clip, vlm):
+    """The rewards that are asked for: ({name: weight} of the sum, [names to score, the watched ones too]).
+
+    reward: as parse_rewards() takes it, "" for a function that is passed in; watch: names with commas between; small:
+    whether the model is of the shipped one's kind; clip, vlm: keywords of clip_rewards.check() and vlm.check().
+    Raises InputError for what could not work, before anything slow starts.
+    """
+    weights = parse_rewards(reward) if reward else {}
+    watched = parse_rewards(watch, "--watch") if watch else {}
+    if any(weight != 1 for weight in watched.values()):
+        raise InputError(f"--watch {watch}: weights have no meaning there; expected NAME,NAME")
+    names = list(dict.fromkeys([*weights, *watched]))
+    clip_rewards.check(names, small=small, **clip)
+    if "vlm" in names:
+        check_server(vlm)
+    return weights, names
+
+
+def check_server(settings):
+    """Refuse settings (a dict) that the reward "vlm" could not work with. Raises InputError."""
+    vlm.check(**{name: settings[name] for name in ("url", "model", "reference", "encoder", "api_key_env")})
+
+
+class Scorer:
+    """Scores micro-batches of pictures beside the drawing of the next one; the order stays as given.
+
+    JPEG sizes and a server's answers are waited for in several threads; all others, also users' own, which need not be
+    safe to call from several threads at once, in one.
+    """
+
+    def __init__(self, weights, functions, total="reward"):
+        """weights: {name: weight in the sum}, absent or 0 if only watched; functions: {name: reward function}; total:
+        the name of the sum, which is not a part of itself."""
+        self.weights, self.functions, self.total = weights, functions, total
+        self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
+        self.pending, self.count = [], 0
+
+    def add(self, images, prompts):
+        """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str. Raises what a reward raised before."""
+        if any(scores.done() and scores.exception() for scores in self.pending):
+            self.collect()         # raises: no need to draw the rest of the epoch
+        self.pending.append(self.pool.submit(self.score, images, prompts, self.count))
+        self.count += len(images)
+
+    def score(self, images, prompts, first):
+        """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch."""
+        return {name: score(function, images.copy(), prompts, f"reward {name}", first)     # a copy: some write into it
+                for name, function in self.functions.items()}
+
+    def collect(self):
+        """Wait for everything added: (rewards (N,), {name: scores (N,)} of a sum's parts and of what is watched).
+
+        Raises what a reward raised.
+        """
+        try:
+            parts = [scores.result() for scores in self.pending]
+        finally:
+            self.forget()
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions}
+        rewards = sum(weight * scores[name] for name, weight in self.weights.items())
+        return rewards, {name: own for name, own in scores.items() if name != self.total}
+
+    def forget(self):
+        """Drop what was added and not collected."""
+        for scores in self.pending:
+            scores.cancel()
+        self.pending, self.count = [], 0
+
+
+def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):
+    """The Scorer of the rewards that are asked for; prints what the ones with networks of their own are made of.
+
+    prompts: those trained on; own: a function (images, prompts) -> numbers, to train on in place of `reward`, which is
+    then its name only; the rest as of check_rewards().
+    """
+    weights, names = check_rewards("" if own else reward, watch, small=small, clip=clip, vlm=vlm)
+    functions = {name: find_reward(name, model, device, prompts=prompts, small=small, clip=clip, vlm=vlm)
+                 for name in names}
+    if own:
+        weights, functions = {reward: 1.0}, {reward: own, **functions}
+    return Scorer(weights, functions, total=reward)
+
+
+def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, vlm=None):
+    """The reward function of one name; the keywords are for those with networks of their own, see check_rewards()."""
+    makers = dict(aesthetic=partial(clip_rewards.aesthetic, device, small=small, **clip or {}),
+                  clip=partial(clip_rewards.clip, device, small=small, **clip or {}))
+    if name == "vlm":
+        return make_vlm(model, prompts, vlm)
+    if name in makers:
+        return makers[name]()
+    return REWARDS.get(name) or find_own(name)
+
+
+def make_vlm(model, prompts, settings):
+    """The reward "vlm", with the model's own text encoder for BERTScore unless another one is given."""
+    return vlm.alignment(model.text_encoder, prompts, **settings)
