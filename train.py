@@ -1,8 +1,11 @@
 """Train a text-to-image diffusion model on a reward:  python train.py --reward jpeg
 
-DDPO: denoising is a sequence of decisions. The state is (prompt c, step t, latent x_t); the action is the next latent
-x_prev, drawn from a Gaussian whose log-probability is known; the reward comes once, for the finished picture. The loop
-in train() is the outline of the algorithm: sample, score, advantage, update, log.
+DDPO [arXiv 2305.13301]: denoising is a sequence of decisions. The state is (prompt c, step t, latent x_t); the action
+is the next latent x_prev, drawn from a Gaussian whose log-probability is known; the reward comes once, for the finished
+picture. The loop in train() is the outline of the algorithm: sample, score, advantage, update, log.
+
+An epoch samples pictures and trains on them in inner epochs (passes), a pass in minibatches (an optimizer step each), a
+minibatch in micro-batches (the samples that go through the network together, at one denoising step).
 
 What is left out: a learned value function (a picture is compared with others, by default with those of its prompt),
 more than one process, samplers other than DDIM. Read next: ddpo_min/rollout.py (sample), ddpo_min/advantages.py,
@@ -60,7 +63,7 @@ def train(settings, reward=None):
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
                       scale_loss=settings.dtype == "float16")
     policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, lora=learner.lora,
-                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
+                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)    # 1.0: none
     minibatch = settings.samples // settings.updates
     settings = run.settings = replace(settings, batch=prepare(          # --batch auto becomes a number
         policy, learner.optimizer.parameters, batch=settings.batch, minibatch=minibatch,
@@ -69,7 +72,7 @@ def train(settings, reward=None):
                 steps=range(settings.first_step - 1, settings.last_step or settings.steps),     # i = 0: the noisiest
                 fraction=settings.timestep_fraction, progress=run.progress)
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
-                               micro_batch=min(settings.batch, minibatch))      # no larger one was tried out
+                               micro_batch=min(settings.batch, minibatch))      # larger ones may not fit into memory
     weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
 
     with run.epochs(learner, evaluation) as epochs:
@@ -77,20 +80,20 @@ def train(settings, reward=None):
             prompts, seeds = draw_prompts(prompts_to_train, settings.samples, seed=settings.seed, epoch=epoch,
                                           group_size=settings.group_size)
             trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout(), keep=keep,   # sample
-                                               on_images=scorer.add)    # scoring begins beside it
+                                               on_images=scorer.add)    # in other threads
             rewards, scores = scorer.collect()                                                      # score
             advantages = weigh(prompts, rewards)                                                    # advantage
-            rng = np.random.default_rng([settings.seed, epoch, 1])
+            rng = np.random.default_rng([settings.seed, epoch, 1])      # draw_prompts has [seed, epoch]
             metrics = update(policy, learner.optimizer, trajectories, advantages, rng)              # update
             run.log(epoch, rewards, scores, metrics)                                                # log
     return run
 
 
 def choose_algorithm(s, plan, steps, statistics):
-    """What makes an algorithm: (weigh, update, keep).
+    """The parts in which algorithms differ: (weigh, update, keep).
 
-    weigh: (prompts, rewards) -> advantages, or sample weights for regression; update: what trains on them; keep: what
-    it needs of a trajectory, its whole path or x_0 alone.
+    weigh: (prompts, rewards) -> advantages, or the weights of the samples for regression; update: trains on them; keep:
+    what is kept of each trajectory, the whole "path" or "x_0" alone.
     """
     if s.regression:
         per_prompt = s.normalise == "prompt"

@@ -8,26 +8,27 @@ from .metrics import Metrics
 
 
 def even_emphasis(steps):
-    """How much each denoising step's loss counts, so that all have gradients of one size: 1 / w_t, over its mean.
+    """Factors for the losses of the denoising steps that make their gradients about equally large.
 
-    w_t = |d mu / d eps| / sigma_t, of step_weights(): the gradient of log p grows with it. Returns T floats of mean 1.
+    emphasis_i = (1 / w_i) / mean(1 / w): the gradient of log p is proportional to w_t = |d mu / d eps| / sigma_t, see
+    step_weights(). Returns T floats of mean 1 (over all T steps, also if fewer are trained on).
     """
     inverse = 1 / np.array(step_weights(steps))
     return (inverse / inverse.mean()).tolist()
 
 
 def ddpo_update(policy, optimizer, trajectories, advantages, rng, *, plan, clip_range, emphasis, kl_weight=0.0):
-    """Improve the policy on an epoch's trajectories: an optimizer step for each minibatch    [paper Sec. 4.3].
+    """Improve the policy on an epoch's trajectories, with an optimizer step for each minibatch    [paper Sec. 4.3].
 
-    The gradient of an optimizer step is the mean over its samples and the denoising steps that are trained on, each
-    step's loss times its emphasis; kl_weight adds so much of the KL to the base model. In the first optimizer step the
-    ratio is exactly 1. advantages: float (N,); rng: numpy Generator, of the order; plan: see Plan; clip_range: of the
-    ratio, None for DDPO_SF; emphasis: T floats. Returns {metric: mean over all trained on}, see docs/metrics.md.
+    L = mean over the minibatch's (sample, step i) pairs of [ emphasis_i loss + kl_weight KL(policy | base model) ]
+    In the first optimizer step the weights are still those that computed log_p_old, so the ratio is exactly 1.
+    advantages: float (N,); rng: numpy Generator for the order of minibatches and steps; plan: see Plan; clip_range:
+    of DDPO_IS, None for DDPO_SF; emphasis: T floats. Returns the metrics of docs/metrics.md, {name: number or list}.
     """
     advantages = torch.as_tensor(advantages).to(trajectories.log_p_old)
     w, metrics = step_weights(policy.steps), Metrics()
     for minibatch in plan.minibatches(rng):
-        for samples, i, part in minibatch:      # a micro-batch at step i: so large a part of the minibatch's pairs
+        for samples, i, part in minibatch:      # a micro-batch, its step, its part of the pairs (parts add up to 1)
             x_t, x_prev, log_p_old, context = trajectories.at(samples, i)
             log_p, eps = policy.log_prob(x_prev, x_t, i, context)
             ratio = torch.exp(log_p - log_p_old)
@@ -37,9 +38,9 @@ def ddpo_update(policy, optimizer, trajectories, advantages, rng, *, plan, clip_
                 loss = ddpo_is_loss(ratio, advantages[samples], clip_range)
             kl = step_kl(eps, policy.base_eps(x_t, i, context), w[i]).mean() if kl_weight else torch.zeros_like(loss)
             optimizer.backward(part * (emphasis[i] * loss + kl_weight * kl))
-            error = (ratio - 1).abs()
+            error, limit = (ratio - 1).abs(), torch.inf if clip_range is None else clip_range
             metrics.add(len(x_t), i, loss=loss, kl_to_base=kl, approx_kl=0.5 * ((log_p - log_p_old) ** 2).mean(),
-                        clip_fraction=(error > (clip_range or torch.inf)).to(loss).mean(), ratio_error=error.max())
+                        clip_fraction=(error > limit).to(loss).mean(), ratio_error=error.max())
         metrics.step(optimizer.step())
     means = {name: metrics.mean(name) for name in ("loss", "approx_kl", "clip_fraction")}
     if kl_weight:
