@@ -62,8 +62,9 @@ def train(settings, reward=None):
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
                       scale_loss=settings.dtype == "float16")
+    # log_p_old is computed with training's guidance, too (1.0 is none): the first ratio is 1 all the same
     policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, lora=learner.lora,
-                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)    # 1.0: none
+                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
     minibatch = settings.samples // settings.updates
     settings = run.settings = replace(settings, batch=prepare(          # --batch auto becomes a number
         policy, learner.optimizer.parameters, batch=settings.batch, minibatch=minibatch,
@@ -72,7 +73,7 @@ def train(settings, reward=None):
                 steps=range(settings.first_step - 1, settings.last_step or settings.steps),     # i = 0: the noisiest
                 fraction=settings.timestep_fraction, progress=run.progress)
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
-                               micro_batch=min(settings.batch, minibatch))      # larger ones may not fit into memory
+                               micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
     weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
 
     with run.epochs(learner, evaluation) as epochs:
@@ -80,7 +81,7 @@ def train(settings, reward=None):
             prompts, seeds = draw_prompts(prompts_to_train, settings.samples, seed=settings.seed, epoch=epoch,
                                           group_size=settings.group_size)
             trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout(), keep=keep,   # sample
-                                               on_images=scorer.add)    # in other threads
+                                               on_images=scorer.add)    # waited for below
             rewards, scores = scorer.collect()                                                      # score
             advantages = weigh(prompts, rewards)                                                    # advantage
             rng = np.random.default_rng([settings.seed, epoch, 1])      # draw_prompts has [seed, epoch]
@@ -93,7 +94,7 @@ def choose_algorithm(s, plan, steps, statistics):
     """The parts in which algorithms differ: (weigh, update, keep).
 
     weigh: (prompts, rewards) -> advantages, or the weights of the samples for regression; update: trains on them; keep:
-    what is kept of each trajectory, the whole "path" or "x_0" alone.
+    what is kept of each trajectory, the whole "path" or "x_0" alone. s.regression: RWR, reward-weighted regression.
     """
     if s.regression:
         per_prompt = s.normalise == "prompt"

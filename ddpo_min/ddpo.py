@@ -21,9 +21,10 @@ def ddpo_update(policy, optimizer, trajectories, advantages, rng, *, plan, clip_
     """Improve the policy on an epoch's trajectories, with an optimizer step for each minibatch    [paper Sec. 4.3].
 
     L = mean over the minibatch's (sample, step i) pairs of [ emphasis_i loss + kl_weight KL(policy | base model) ]
-    In the first optimizer step the weights are still those that computed log_p_old, so the ratio is exactly 1.
+    In an epoch's first optimizer step the weights are those that computed log_p_old, so the ratio is exactly 1.
     advantages: float (N,); rng: numpy Generator for the order of minibatches and steps; plan: see Plan; clip_range:
-    of DDPO_IS, None for DDPO_SF; emphasis: T floats. Returns the metrics of docs/metrics.md, {name: number or list}.
+    of DDPO_IS (importance sampling), None for DDPO_SF (score function); emphasis: T floats.
+    Returns the metrics of docs/metrics.md, {name: number or list}.
     """
     advantages = torch.as_tensor(advantages).to(trajectories.log_p_old)
     w, metrics = step_weights(policy.steps), Metrics()
