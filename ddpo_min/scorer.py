@@ -1,12 +1,13 @@
 """Rewards by name, their weighted sum, and scoring beside sampling."""
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 
-from . import clip_rewards, vlm
+from . import clip_rewards
 from .files import InputError
 from .rewards import REWARDS, WITH_NETWORKS, find_own, score
+from .vlm import alignment
+from .vlm import check as check_vlm
 
 IN_THREADS = {"jpeg", "incompressible", "vlm"}      # these may be called from several threads at once
 
@@ -43,13 +44,8 @@ def check_rewards(reward, watch, *, small, clip, vlm):
     names = list(dict.fromkeys([*weights, *watched]))
     clip_rewards.check(names, small=small, **clip)
     if "vlm" in names:
-        check_server(vlm)
+        check_vlm(**{name: vlm[name] for name in ("url", "model", "reference", "encoder", "api_key_env")})
     return weights, names
-
-
-def check_server(settings):
-    """Refuse settings (a dict) that the reward "vlm" could not work with. Raises InputError."""
-    vlm.check(**{name: settings[name] for name in ("url", "model", "reference", "encoder", "api_key_env")})
 
 
 class Scorer:
@@ -114,15 +110,8 @@ def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=
 
 def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, vlm=None):
     """The reward function of one name; the keywords are for those with networks of their own, see check_rewards()."""
-    makers = dict(aesthetic=partial(clip_rewards.aesthetic, device, small=small, **clip or {}),
-                  clip=partial(clip_rewards.clip, device, small=small, **clip or {}))
+    if name in ("aesthetic", "clip"):
+        return getattr(clip_rewards, name)(device, small=small, **clip or {})
     if name == "vlm":
-        return make_vlm(model, prompts, vlm)
-    if name in makers:
-        return makers[name]()
+        return alignment(model.text_encoder, prompts, **vlm)
     return REWARDS.get(name) or find_own(name)
-
-
-def make_vlm(model, prompts, settings):
-    """The reward "vlm", with the model's own text encoder for BERTScore unless another one is given."""
-    return vlm.alignment(model.text_encoder, prompts, **settings)
