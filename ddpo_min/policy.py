@@ -50,10 +50,13 @@ class Policy:
         eps = self.predict(torch.cat([x_t, x_t]).to(dtype), torch.cat([t, t]), both.to(dtype))
         return guide(*eps.to(x_t.dtype).chunk(2), guidance)
 
-    def act(self, x_t, i, context, noise):
-        """Take denoising step i: returns (x_prev, its log_prob (B,) as training will see it)."""
+    def act(self, x_t, i, context, noise, to_train=True):
+        """Take denoising step i: returns (x_prev, its log_prob (B,)).
+
+        to_train: whether that has to be training's log_prob, which takes another network pass if guidance differs.
+        """
         x_prev, log_p = ddim_step(x_t, self.eps(x_t, self.steps.t[i], context, self.guidance), self.steps, i, noise)
-        if self.training_guidance != self.guidance:
+        if to_train and self.training_guidance != self.guidance:
             log_p, _ = self.log_prob(x_prev, x_t, i, context)
         return x_prev, log_p
 

@@ -12,7 +12,7 @@ class Trajectories:
     """An epoch's samples: T + 1 latents each, stored once; x_t of step i is [:, i], x_prev is [:, i + 1]."""
     latents: torch.Tensor       # (N, T+1, 4, h, w), from pure noise x_T to x_0; or (N, 1, 4, h, w), x_0 alone; at least
                                 # float32, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
-    log_p_old: torch.Tensor     # (N, T), of the policy that sampled
+    log_p_old: torch.Tensor     # (N, T), as training will see it; of images alone, as sampled
     contexts: torch.Tensor      # (P, 77, width): the embedding of each prompt, once
     context_index: torch.Tensor     # (N,) on the CPU: which of them is a sample's
     images: np.ndarray          # (N, H, W, 3) uint8; N = 0 if they were not to be kept
@@ -56,7 +56,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
         noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
         for i in range(T):
-            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1])
+            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep != "images")
             path.append(x_prev)
             log_probs.append(log_p)
         latents.append(torch.stack(path if keep == "path" else path[-1:], dim=1).cpu())

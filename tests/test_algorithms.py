@@ -157,6 +157,16 @@ def test_without_guidance_in_training_the_same_pictures_are_drawn_and_scored_as_
         assert torch.equal(own, log_p_old) and torch.equal(apart.log_prob(x_prev, x_t, 1, context)[0], log_p_old)
 
 
+@pytest.mark.parametrize("keep, passes", [("path", 2), ("images", 1)])
+def test_an_evaluation_takes_no_second_pass_without_guidance_in_training(keep, passes, tiny_file):
+    policy, _, _ = small(tiny_file)
+    apart, calls = Policy(policy.model, policy.steps, 2.0, training_guidance=1.0, lora=policy.lora), []
+    hook = policy.model.unet.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
+    sample_trajectories(apart, ["a cat"] * 4, range(4), cut(4, 4), keep=keep)
+    hook.remove()
+    assert calls == [8, 4][:passes] * 3
+
+
 def test_the_ratio_error_is_the_largest_of_the_first_optimizer_step(tiny_file):
     """One log-probability of a stored trajectory is changed, as if it were computed otherwise than in training."""
     policy, parameters, trajectories = small(tiny_file)
