@@ -14,7 +14,7 @@ class Settings:
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
     weights: str = ""               # Stable Diffusion 1.x or 2.x: a file, diffusers folder or Hub name; empty: shipped
     epochs: int = 8                 # how often to sample, score and train [code: 100]
-    lr: float = 2.5e-3              # learning rate; full has its own [1e-5 for the whole UNet; code: 3e-4 for LoRA]
+    lr: float = 3e-3                # learning rate; full has its own [1e-5 for the whole UNet; code: 3e-4 for LoRA]
     out: str = ""                   # folder of the run; empty: runs/REWARD, numbered if it exists
     # What is trained
     preset: str = ""                # a set of values, "list" prints all; empty: by --weights and --algorithm
@@ -35,7 +35,7 @@ class Settings:
     clip_range: float = 0.01        # the ratio is clipped to 1 +- this; see README, "What clip 1e-4 means" [1e-4]
     advantage_clip: float = 5.0     # advantages are clipped to +- this [code: 5 or 10]
     step_weights: str = "even"      # even: each step's loss is divided by its w_t, see README; paper: all count 1
-    timestep_fraction: float = 1.0  # share of the denoising steps to train on, drawn anew for each minibatch [1]
+    timestep_fraction: float = 0.5  # share of the denoising steps to train on, drawn anew for each minibatch [1]
     first_step: int = 1             # first denoising step to train on, from 1 (the noisiest) to T
     last_step: int = 0              # last denoising step to train on; 0 is T
     kl_weight: float = 0.0          # adds this times each step's KL divergence from the base model; 0 is off [0]
@@ -93,18 +93,18 @@ class Settings:
 
 # The public LoRA configuration for Stable Diffusion 1.x, and the paper's appendix table for the whole UNet
 SD_LORA = dict(samples=256, steps=50, guidance=5.0, epochs=100, updates=4, batch=4, clip_range=1e-4, lr=3e-4,
-               eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper", beta2=0.999,
-               prompt_buffer=32, prompt_minimum=16, inverse_temperature=0.2)
+               eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper", timestep_fraction=1.0,
+               beta2=0.999, prompt_buffer=32, prompt_minimum=16, inverse_temperature=0.2)
 PAPER = {**SD_LORA, "prompts": "imagenet_animals", "trainable": "full", "lr": 1e-5, "dtype": "float32"}
 # 10,240 samples where the paper has 10,000, so that its 400 minibatches of 128 come out even
 PAPER_RWR = {**PAPER, "samples": 10_240, "updates": 80, "inner_epochs": 5, "epochs": 10}
 
 # Regression learns to draw what it drew: few steps draw hazily, and every epoch would add haze to haze
-LAPTOP_RWR = dict(steps=32, epochs=4, inner_epochs=4, lr=2.5e-4)
+LAPTOP_RWR = dict(steps=32, epochs=4, inner_epochs=4, lr=2.5e-4, timestep_fraction=1.0)
 
 PRESETS = {
     "laptop": {},
-    "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, lr=3e-3),
+    "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, timestep_fraction=1.0),
     "laptop_rwr": {**LAPTOP_RWR, "algorithm": "rwr"},
     "laptop_rwr_sparse": {**LAPTOP_RWR, "algorithm": "rwr_sparse", "percentile": 0.7},
     "sd_lora": SD_LORA,
@@ -122,8 +122,8 @@ PRESETS = {
 # The rewards' scales differ: what a unit of reward is worth to the laptop's weighted regression
 LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=15.0))
 # What an algorithm needs that is chosen on top of a preset of another one
-ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), rwr=dict(inner_epochs=4),
-                  rwr_sparse=dict(inner_epochs=4))
+ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1),
+                  **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0)))
 FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(preset=tuple(PRESETS), algorithm=tuple(ALGORITHMS), trainable=("lora", "full"),

@@ -174,7 +174,7 @@ def test_a_unit_of_reward_is_worth_what_the_reward_says_but_on_the_laptop_alone(
 
 
 def test_full_training_and_lora_have_learning_rates_of_their_own():
-    assert make_settings(trainable="full").lr == 3e-5 and make_settings().lr == 2.5e-3
+    assert make_settings(trainable="full").lr == 3e-5 and make_settings().lr == 3e-3
     assert make_settings(trainable="full", lr=0.5).lr == 0.5
     s = make_settings(trainable="full", weights=LARGE)
     assert (s.lr, s.dtype) == (1e-5, "float32")
@@ -436,7 +436,7 @@ def test_a_patch_of_the_same_version_resumes(tmp_path):
     (dict(reward="clip", algorithm="rwr"), "--algorithm rwr"),
     (dict(preset="laptop_rwr"), "--algorithm rwr"),
     (dict(preset="laptop", algorithm="rwr"), "--preset laptop --algorithm rwr"),
-    (dict(trainable="full"), "--trainable full"), (dict(trainable="full", lr=2.5e-3), "--lr 0.0025 --trainable full"),
+    (dict(trainable="full"), "--trainable full"), (dict(trainable="full", lr=3e-3), "--lr 0.003 --trainable full"),
     (dict(weights=LARGE), f"--weights {LARGE}"), (dict(weights=LARGE, preset="sd_lora"), f"--weights {LARGE}"),
     (dict(weights=LARGE, preset="laptop"), f"--weights {LARGE} --preset laptop"),
     (dict(weights=LARGE, preset="paper_ddpo_sf"), f"--weights {LARGE} --preset paper_ddpo_sf"),
