@@ -15,7 +15,7 @@ from ddpo_min import figures
 from ddpo_min.cli import OneLineParser
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.device import half_dtype, pick_device
-from ddpo_min.files import InputError, run_main
+from ddpo_min.files import InputError, make_folder, run_main
 from ddpo_min.interchange import FORMS, export_lora
 from ddpo_min.lora import load_lora, merge_lora, switched_off
 from ddpo_min.plan import micro_batches
@@ -139,6 +139,7 @@ def main(arguments=None):
     print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, on {device}"
           + (f", {len(layers)} LoRA layers at scale {args.scale:g}" if layers else ""))
     policy = Policy(model, ddim_steps(steps), guidance, lora=layers)
+    make_folder(out)
     images, base = draw(policy, prompts, seeds, batch, latent_shape, out)
     columns = min(args.num if args.num > 1 else len(images), COLUMNS)
     figures.save_png(out / "grid.png", sheet(images, base, prompts, columns))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import InputError
+from .files import InputError, make_folder
 from .interchange import lora_modules, read_lora, write_lora
 from .weights import load_stable_diffusion, save_single_file
 
@@ -161,6 +161,7 @@ def merge_lora(path, weights, out, scale=1.0):
 
     Every tensor keeps the dtype it has in `weights`; sums are computed in float32 or wider and rounded once.
     """
+    make_folder(Path(out).parent)
     model = load_stable_diffusion(weights, "cpu", None)
     for layer in load_lora(path, model.unet, scale).values():
         layer.merge()
