@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import InputError
+from .folder import instead_of_resuming, sha256
 from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
@@ -204,13 +205,16 @@ def _resumed(resume, **changes):
                          f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
     try:
         saved = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path}: not the JSON of a run's settings; restore it or start a new run")
     _check_version(folder, saved.pop("version", None))
+    checksum = saved.pop("sha256", None)
     try:
         _check_types(saved)
     except InputError as error:
         raise InputError(f"{path}: {error}")
+    if checksum != sha256(saved):
+        raise InputError(f"{path}: not as it was written; restore it, or {instead_of_resuming(folder)}")
     return _filled({**saved, **changes, "out": str(folder), "resume": str(folder)})
 
 
@@ -218,11 +222,8 @@ def _check_version(folder, version):
     """Refuse a run that another version wrote (major or minor differs, or it names none). Raises InputError."""
     if version and str(version).split(".")[:2] == __version__.split(".")[:2]:
         return
-    ways = [f", or go on from what it learned with {given} {folder / file}"
-            for given, file in (("--init-lora", "lora.safetensors"), ("--weights", "model.safetensors"))
-            if (folder / file).is_file()]
     raise InputError(f"--resume {folder}: written by {f'version {version}' if version else 'an older version'} of "
-                     f"ddpo_min, this is {__version__}; start a new run{''.join(ways)}")
+                     f"ddpo_min, this is {__version__}; {instead_of_resuming(folder)}")
 
 
 def check_settings(s, own_reward=False):

@@ -1,14 +1,14 @@
 """The life of a run around its epochs: evaluations, log, checkpoints, how it stops and how it goes on."""
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__, figures
-from .cli import command
+from .cli import ON_RESUME, command
 from .device import peak_memory_mb
-from .files import InputError, NotFinite
-from .folder import Folder
+from .files import InputError, NotFinite, uninterrupted
+from .folder import Folder, sha256
 from .progress import Progress
 from .weights import SHIPPED
 
@@ -22,9 +22,11 @@ class Run:
     """One training: its settings, folder, history (a dict of metrics for each epoch) and, at last, its result."""
 
     def __init__(self, settings):
-        """Raises InputError if the folder cannot be used."""
+        """Raises InputError if the folder cannot be used, or cannot be resumed."""
         self.settings = settings
         self.files = Folder(settings.out, settings.resume)
+        if settings.resume:
+            self.files.check(self.kept)
         self.progress = Progress(settings.epochs, settings.samples, settings.inner_epochs)
         self.history, self.result, self.finished, self.started = [], None, 0, time.time()
 
@@ -32,6 +34,12 @@ class Run:
     def folder(self):
         """Its path."""
         return self.files.path
+
+    @property
+    def kept(self):
+        """{name: value} of the settings that a run keeps when it is resumed."""
+        return {name: value for name, value in asdict(self.settings).items()
+                if name not in {*ON_RESUME, "out", "resume"}}
 
     @property
     def init_lora(self):
@@ -44,46 +52,56 @@ class Run:
         """Around the loop: yields the epochs that are left, from 0; then evaluates and draws the figures.
 
         Ctrl-C ends the loop at the last epoch that is finished. So does an InputError (a reward that fails, numbers
-        that are not finite), which is raised again and says how to go on.
+        that are not finite, a full disk), which is raised again and says how to go on.
         """
         self.learner, self.evaluation = learner, evaluation
-        if self.settings.resume:
-            self.load()
-            self.write_config()
-        else:
-            self.begin()
+        self.go_on() if self.settings.resume else self.begin()
         self.progress.open(self.finished)
         try:
-            yield self.progress.epochs_from(self.finished)
-        except KeyboardInterrupt:
-            self.load()
-            self.progress.write(f"stopped after epoch {self.finished}; go on with --resume {self.folder} "
-                                f"--epochs {self.settings.epochs}")
+            try:
+                yield self.progress.epochs_from(self.finished)
+            except KeyboardInterrupt:
+                self.load()
+                self.progress.write(f"stopped after epoch {self.finished}; go on with --resume {self.folder} "
+                                    f"--epochs {self.settings.epochs}")
+            finally:
+                self.progress.close()
+            self.finish()
         except InputError as error:
-            self.load()
-            self.save_learned()
+            with suppress(InputError):      # what has failed may be the disk
+                self.load()
+                self.save_learned()
             raise InputError(f"{error}; {self.finished} finished epochs are saved, go on with "
                              f"--resume {self.folder}") from error
-        finally:
-            self.progress.close()
-        self.finish()
 
     def begin(self):
-        """The evaluation before training; only then the folder: a reward that cannot work leaves none behind."""
+        """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
         images, rewards, scores = self.evaluation.run()
         self.files.create(self.settings.reward)
-        self.write_config()
+        try:
+            self.write_config()
+            self.files.keep_before(images, rewards, scores)
+            self.files.add_row(0, images[self.evaluation.shown])
+            self.save()
+        finally:
+            if not (self.folder / "state.pt").exists():
+                self.files.remove()
         print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {rewards.mean():.3f}; to {self.folder}/")
-        self.files.keep_before(images, rewards, scores)
-        self.files.add_row(0, images[self.evaluation.shown])
-        self.save()
+
+    def go_on(self):
+        """Take up the last checkpoint, and write anew what a killed run had not written after it."""
+        self.load()
+        self.write_config()
+        self.publish()
+        self.show()
 
     def write_config(self):
-        """config.json: every setting of the run."""
-        self.files.write_json("config.json", dict(asdict(self.settings), out=str(self.folder), resume=""))
+        """config.json: every setting of the run, and their checksum."""
+        config = dict(asdict(self.settings), out=str(self.folder), resume="")
+        self.files.write_json("config.json", dict(config, sha256=sha256(config)))
 
     def log(self, epoch, rewards, scores, metrics):
-        """An epoch is over: evaluate if it is time, print and keep its metrics, save a checkpoint and pictures.
+        """An epoch is over: evaluate if it is time, save a checkpoint and the metrics, then print them, draw pictures.
 
         epoch: from 0; rewards: (N,); scores: {name: (N,)}; metrics: of the update.
         """
@@ -95,12 +113,16 @@ class Run:
         line.update({f"score_{name}": own.mean() for name, own in scores.items()},
                     peak_memory_mb=peak_memory_mb(self.learner.optimizer.parameters[0].device))
         self.history.append({name: value if isinstance(value, list) else float(value) for name, value in line.items()})
-        self.files.write_metrics(self.history)
-        self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
         self.finished = finished
-        self.save()
-        if finished % s.show_every == 0 and finished < s.epochs:
-            self.files.add_row(finished, self.evaluation.draw_shown())
+        with uninterrupted():
+            self.save()
+        self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
+        self.show()
+
+    def show(self):
+        """A row of samples.png, if it is time for one."""
+        if self.finished % self.settings.show_every == 0 and self.finished < self.settings.epochs:
+            self.files.add_row(self.finished, self.evaluation.draw_shown())
 
     def evaluate_between(self):
         """The means of an evaluation; none if a reward fails, for the epoch just finished must not be lost."""
@@ -114,10 +136,16 @@ class Run:
         return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
 
     def save(self):
-        """A checkpoint; the LoRA's file with it, a complete model's at the end only: state.pt has it already."""
+        """The checkpoint; once it is written an epoch is safe."""
+        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history,
+                                    settings=self.kept))
+        self.publish()
+
+    def publish(self):
+        """What the checkpoint has, for other programs; a complete model at the end only, it is large."""
+        self.files.write_metrics(self.history)
         if self.learner.lora:
             self.save_learned()
-        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history))
 
     def save_learned(self, **story):
         """Write the LoRA, or the complete model, with its story in its metadata."""
@@ -126,10 +154,9 @@ class Run:
                           base=Path(s.weights).name or SHIPPED.name, command=command(s), version=__version__, **story)
 
     def load(self):
-        """Go on from the last checkpoint; an epoch that was logged but not saved is dropped."""
+        """Back to the last checkpoint."""
         state = self.files.read_state(self.learner)
         self.finished, self.history = state["epoch"], state["history"]
-        self.files.write_metrics(self.history)
 
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ddpo_min import __version__, cli
 from ddpo_min.cli import ON_RESUME, check_settings, command, describe, make_parser, make_settings, read_settings
 from ddpo_min.files import InputError
+from ddpo_min.folder import sha256
 from ddpo_min.settings import PRESETS, Settings
 from ddpo_min.weights import SHIPPED
 
@@ -339,8 +340,9 @@ def test_the_rewards_are_checked_with_what_they_will_be_made_from(monkeypatch):
 def run_folder(folder, version=__version__, files=("lora.safetensors",), **saved):
     """The folder of a run as far as resuming settings needs it; returns its name."""
     folder.mkdir()
-    config = {**({"version": version} if version else {}), **asdict(make_settings(epochs=4, steps=3)), **saved}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {**asdict(make_settings(epochs=4, steps=3)), **saved}
+    marks = dict(sha256=sha256(config), **({"version": version} if version else {}))
+    (folder / "config.json").write_text(json.dumps({**config, **marks}))
     for name in ("state.pt", *files):
         (folder / name).touch()
     return str(folder)

@@ -92,7 +92,7 @@ def test_the_run_learns_something_and_says_so(finished):
     result = json.loads((finished / "result.json").read_text())
     assert result["epochs"] == 4 and result["reward_before"] != result["reward_after"]
     config = json.loads((finished / "config.json").read_text())
-    assert config["steps"] == 3 and set(config) == {field.name for field in fields(Settings)} | {"version"}
+    assert config["steps"] == 3 and set(config) == {field.name for field in fields(Settings)} | {"version", "sha256"}
 
 
 @pytest.mark.parametrize("algorithm, guidance, batch, weights", [
