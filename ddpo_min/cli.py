@@ -33,7 +33,10 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile"}      # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "vlm_url"}      # what --resume may change
+# Code that a run executes, and where it sends the pictures: --resume takes neither from the folder, which may be
+# somebody else's
+GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 # What a number must be, in words and as a test, and the settings that this holds for
@@ -41,7 +44,8 @@ RANGES = (
     ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
-    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch", "seed")),
+    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch")),
+    ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
      "guidance", "adam_eps", "inverse_temperature", "vlm_timeout")),
     ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("eta", "timestep_fraction")),
@@ -199,10 +203,6 @@ def _resumed(resume, **changes):
     path = folder / "config.json"
     if not path.is_file() or not (folder / "state.pt").is_file():
         raise InputError(f"--resume {folder}: not the folder of a run (config.json and state.pt are not both there)")
-    wrong = sorted(set(changes) - ON_RESUME)
-    if wrong:
-        raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
-                         f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
     try:
         saved = dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
@@ -215,7 +215,26 @@ def _resumed(resume, **changes):
         raise InputError(f"{path}: {error}")
     if checksum != sha256(saved):
         raise InputError(f"{path}: not as it was written; restore it, or {instead_of_resuming(folder)}")
+    again = given_again(saved)
+    wrong = sorted(name for name, value in changes.items() if name not in ON_RESUME and again.get(name) != value)
+    if wrong:
+        raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
+                         f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
+    if not again.keys() <= changes.keys():
+        raise InputError(f"--resume {folder}: names code or a server of its own; if you trust these, give them again: "
+                         f"{how_to_resume(Settings(**saved), folder)}")
     return _filled({**saved, **changes, "out": str(folder), "resume": str(folder)})
+
+
+def given_again(saved):
+    """{name: value} of a run's settings {name: value} that must be given again with --resume."""
+    return {name: saved[name] for name in GIVEN_AGAIN if ":" in saved[name] and saved[name] != getattr(Settings, name)}
+
+
+def how_to_resume(s, folder):
+    """The flags that go on with a run."""
+    return shlex.join(["--resume", str(folder), *(word for name, value in given_again(vars(s)).items()
+                                                  for word in (flag(name), value))])
 
 
 def _check_version(folder, version):

@@ -125,7 +125,8 @@ def run_main(main):
     except OSError as error:        # from printing, for _status() has no other
         status = 141 if error.errno == errno.EPIPE else 2
         with suppress(OSError):
-            print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
+            if status == 2:
+                print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):             # so that what they still hold is dropped in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)

@@ -31,6 +31,9 @@ class Learner:
 
     def load_state_dict(self, state):
         """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
+        own = self.state_dict()
+        if state.keys() != own.keys() or state["optimizer"].keys() != own["optimizer"].keys():
+            raise ValueError("parts are missing")
         given, moments = state["parameters"], state["optimizer"]["state"]
         if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
             raise ValueError("it has other layers")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__, figures
-from .cli import ON_RESUME, command
+from .cli import ON_RESUME, command, how_to_resume
 from .device import peak_memory_mb
 from .files import InputError, NotFinite, uninterrupted
 from .folder import Folder, sha256
@@ -62,17 +62,20 @@ class Run:
                 yield self.progress.epochs_from(self.finished)
             except KeyboardInterrupt:
                 self.load()
-                self.progress.write(f"stopped after epoch {self.finished}; go on with --resume {self.folder} "
-                                    f"--epochs {self.settings.epochs}")
+                self.progress.write(f"stopped after epoch {self.finished}; go on with "
+                                    f"{how_to_resume(self.settings, self.folder)} --epochs {self.settings.epochs}")
             finally:
                 self.progress.close()
             self.finish()
         except InputError as error:
-            with suppress(InputError):      # what has failed may be the disk
+            try:
                 self.load()
+            except InputError:              # the folder itself is lost
+                raise error
+            with suppress(InputError):      # a full disk has no room for it
                 self.save_learned()
             raise InputError(f"{error}; {self.finished} finished epochs are saved, go on with "
-                             f"--resume {self.folder}") from error
+                             f"{how_to_resume(self.settings, self.folder)}") from error
 
     def begin(self):
         """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
@@ -161,7 +164,9 @@ class Run:
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
         print("evaluating on the held-out seeds ...")
-        self.save_learned()         # before anything else can fail
+        self.save_learned()         # these two before anything else can fail
+        if self.history:
+            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         images, rewards, scores = self.evaluation.run()
         self.files.add_row(self.finished, images[self.evaluation.shown])
         images_before, rewards_before, scores_before = self.files.before()
@@ -171,8 +176,6 @@ class Run:
                            reward_std_before=rewards_before.std(), reward_std_after=rewards.std(),
                            scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()})
         self.files.write_json("result.json", self.result)
-        if self.history:
-            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         shown, prompts = self.evaluation.shown, self.evaluation.prompts
         captions = [[f"{prompts[i]}: {r[i]:.2f}" for i in shown] for r in (rewards_before, rewards)]
         figures.save_png(self.folder / "before_after.png", figures.grid([images_before[shown], images[shown]], captions,

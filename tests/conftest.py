@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+os.fsync = lambda descriptor: None      # waiting for disks takes long, and no test needs to survive a power cut
 
 
 def tiny_networks(seed=0):

@@ -237,7 +237,8 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--lr inf", "--lr inf: expected a number above 0"),
     ("--beta1 1", "--beta1 1.0: expected a number from 0 to below 1"),
     ("--percentile 1", "--percentile 1.0: expected a number between 0 and 1"),
-    ("--kl-weight=-0.1", "--kl-weight -0.1: expected 0 or more"), ("--seed -1", "--seed -1: expected 0 or more"),
+    ("--kl-weight=-0.1", "--kl-weight -0.1: expected 0 or more"), ("--seed -1", "--seed -1: expected 0 to 2^64 - 1"),
+    (f"--seed {2 ** 64}", f"--seed {2 ** 64}: expected 0 to 2^64 - 1"),
     # sizes of minibatches, groups, buffers and windows
     ("--samples 10 --updates 4", "--samples 10: not divisible by --updates 4"),
     ("--group-size 3", "--group-size 3: 64 samples a minibatch are no whole groups"),
@@ -365,7 +366,7 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs may change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url may change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
