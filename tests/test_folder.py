@@ -355,7 +355,7 @@ def test_nothing_is_loaded_unless_all_fits(what, copy):
     assert not learner.optimizer.rule.state and not learner.statistics.rewards
 
 
-def test_a_run_that_starts_from_a_lora_resumes_and_knows_its_alphas(whole, tmp_path):
+def test_a_run_that_starts_from_a_lora_resumes_and_knows_its_alphas(tmp_path):
     layers = learner_of(make_settings(rank=3)).lora
     for layer in layers.values():
         layer.alpha = 6.0
@@ -366,8 +366,10 @@ def test_a_run_that_starts_from_a_lora_resumes_and_knows_its_alphas(whole, tmp_p
     damaged = shutil.copytree(tmp_path / "run", tmp_path / "damaged")
     go(resume=tmp_path / "run")
     assert_same(tmp_path / "whole", tmp_path / "run")
-    shutil.copy(whole / "lora.safetensors", damaged)
-    refused(lambda: go(resume=damaged), "state.pt: it does not fit the model (")
+    for layer in layers.values():
+        layer.alpha = 3.0
+    save_lora(damaged / "lora.safetensors", layers)
+    refused(lambda: go(resume=damaged), "state.pt: it does not fit the model (its LoRA has other alphas); ")
 
 
 # Stops
