@@ -6,7 +6,6 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -23,6 +22,15 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of_file(file, size):
+    """The checksum of the first `size` bytes of an open file, 32 bytes; it is left at their end."""
+    digest, chunk = hashlib.sha256(), 2 ** 20
+    file.seek(0)
+    for start in range(0, size, chunk):
+        digest.update(file.read(min(chunk, size - start)))
+    return digest.digest()
+
+
 def instead_of_resuming(folder):
     """What to do where a run cannot be resumed, by what it has left."""
     ways = [f", or go on from what it learned with {given} {folder / file}"
@@ -34,7 +42,7 @@ def instead_of_resuming(folder):
 class Folder:
     """Where a run writes: config.json, metrics.jsonl, state.pt, before.npz, result.json and pictures.
 
-    sums: {name: SHA-256} of before.npz and the rows of samples.png. state.pt keeps it and has checksums of its own.
+    sums: {name: SHA-256} of before.npz and the rows of samples.png. state.pt keeps it, and ends with its own SHA-256.
     """
 
     def __init__(self, out, resume):
@@ -92,8 +100,9 @@ class Folder:
 
     def write_state(self, state):
         """The checkpoint: a dict of tensors and plain values, and the checksums."""
-        with atomic(self.path / "state.pt") as temporary, open(temporary, "wb") as file:
+        with atomic(self.path / "state.pt") as temporary, open(temporary, "w+b") as file:
             torch.save(dict(state, files=self.sums, version=__version__), file)     # a name would hide disk errors
+            file.write(sha256_of_file(file, file.tell()))       # torch reads what is before it
 
     def check(self, settings):
         """Refuse to resume if anything that this needs is missing, damaged or another run's. Raises InputError.
@@ -102,11 +111,11 @@ class Folder:
         """
         path = self.path / "state.pt"
         try:
-            with ZipFile(path) as records:
-                damaged = records.testzip()         # torch does not compare its checksums
-        except Exception as error:      # a damaged file raises many kinds
-            damaged = error
-        if damaged:
+            with open(path, "rb") as file:
+                intact = sha256_of_file(file, path.stat().st_size - 32) == file.read()
+        except OSError:
+            intact = False
+        if not intact:
             raise InputError(f"{path}: damaged, it cannot be read; {instead_of_resuming(self.path)}")
         state = self._state(mmap=True)
         kept, self.sums = state["settings"], state["files"]

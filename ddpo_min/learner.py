@@ -31,8 +31,8 @@ class Learner:
 
     def load_state_dict(self, state):
         """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
-        own = self.state_dict()
-        if state.keys() != own.keys() or state["optimizer"].keys() != own["optimizer"].keys():
+        if (state.keys() != {"parameters", "alphas", "optimizer", "statistics"}
+                or state["optimizer"].keys() != {"state", "param_groups", "scaler"}):
             raise ValueError("parts are missing")
         given, moments = state["parameters"], state["optimizer"]["state"]
         if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
