@@ -34,8 +34,7 @@ EXAMPLES = """examples:
       go on with a run, to 40 epochs in all"""
 
 ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "vlm_url"}      # what --resume may change
-# Code that a run executes, and where it sends the pictures: --resume takes neither from the folder, which may be
-# somebody else's
+# Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
 GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
@@ -213,7 +212,7 @@ def _resumed(resume, **changes):
         _check_types(saved)
     except InputError as error:
         raise InputError(f"{path}: {error}")
-    if checksum != sha256(saved):
+    if checksum != sha256(saved) or saved.keys() != vars(Settings()).keys():
         raise InputError(f"{path}: not as it was written; restore it, or {instead_of_resuming(folder)}")
     again = given_again(saved)
     wrong = sorted(name for name, value in changes.items() if name not in ON_RESUME and again.get(name) != value)
@@ -221,7 +220,7 @@ def _resumed(resume, **changes):
         raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
                          f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
     if not again.keys() <= changes.keys():
-        raise InputError(f"--resume {folder}: names code or a server of its own; if you trust these, give them again: "
+        raise InputError(f"--resume {folder}: its settings name code or a server; if you trust these, give them again: "
                          f"{how_to_resume(Settings(**saved), folder)}")
     return _filled({**saved, **changes, "out": str(folder), "resume": str(folder)})
 

@@ -77,7 +77,7 @@ def make_folder(path):
 
 @contextmanager
 def uninterrupted():
-    """Ctrl-C inside the block, and what stops a command in the same way, takes effect when the block is over."""
+    """Ctrl-C, or SIGTERM in a command of run_main(), takes effect only when the block is over."""
     main = threading.current_thread() is threading.main_thread()        # no other thread hears signals
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
                if main and signal.getsignal(number) is signal.default_int_handler]

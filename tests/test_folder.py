@@ -23,7 +23,7 @@ from ddpo_min import cli, files, run
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.cli import make_settings
 from ddpo_min.files import TEMPORARY, InputError, atomic
-from ddpo_min.folder import Folder
+from ddpo_min.folder import Folder, sha256
 from ddpo_min.learner import Learner
 from ddpo_min.lora import save_lora
 from test_train import metrics
@@ -262,17 +262,20 @@ def test_every_flipped_bit_of_the_checkpoint_is_found(copy):
         refused(lambda: own.files.check(own.kept), f"{path}: damaged")
 
 
-@pytest.mark.parametrize("change", [dict(rank=8), dict(lr=1.0), dict(epochs=9), "missing", "empty", "all but marks"])
+@pytest.mark.parametrize("change", [dict(rank=8), dict(lr=1.0), dict(epochs=9), "missing", "signed", "empty", "marks"])
 def test_a_config_changed_by_hand_is_refused(change, copy):
     path = copy / "config.json"
     config = json.loads(path.read_text())
+    marks = {name: config.pop(name) for name in ("version", "sha256")}
     if isinstance(change, dict):
         config.update(change)
-    elif change == "missing":
+    elif change in ("missing", "signed"):
         del config["rank"]
     else:
-        config = {} if change == "empty" else {name: config[name] for name in ("version", "sha256")}
-    path.write_text(json.dumps(config))
+        config = {}
+    if change == "signed":
+        marks["sha256"] = sha256(config)
+    path.write_text(json.dumps(config if change == "empty" else {**config, **marks}))
     refused(lambda: make_settings(resume=copy), str(copy), "written by an older version" if change == "empty" else
             "config.json: not as it was written; restore it, or start a new run, or go on from what it learned with "
             f"--init-lora {copy}/lora.safetensors")
