@@ -129,6 +129,8 @@ def run_main(main):
                 print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):             # so that what they still hold is dropped in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if status == 130:
+        os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
     sys.exit(status)
 
 
@@ -151,7 +153,7 @@ def _status(main):
             raise
         message = f"{error.filename}: {error.strerror}; expected a file or folder that can be used"
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped", file=sys.stderr, flush=True)
         return 130
     print(f"error: {message}", file=sys.stderr)
     return 2
