@@ -64,8 +64,9 @@ def go(out="", on_log=lambda epoch: None, epochs=EPOCHS, **given):
     s = make_settings(epochs=epochs, device="cpu", **given)
     own = run.Run(s)
     learner = learner_of(s, init_lora=own.init_lora)
-    evaluation = SimpleNamespace(shown=[0, 2], prompts=list("abcde"), draw_shown=lambda: pictures(learner)[[0, 2]], run=
-                                 lambda: (pictures(learner), pictures(learner).mean((1, 2, 3)), {}))
+    evaluation = SimpleNamespace(shown=[0, 2], prompts=list("abcde"), scorer=SimpleNamespace(files={}), run=
+                                 lambda: (pictures(learner), pictures(learner).mean((1, 2, 3)), {}),
+                                 draw_shown=lambda: pictures(learner)[[0, 2]])
     with own.epochs(learner, evaluation) as left:
         for epoch in left:
             own.progress("sampling", 8)
