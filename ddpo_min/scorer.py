@@ -71,7 +71,7 @@ class Scorer:
 
     def score(self, images, prompts, first):
         """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch."""
-        return {name: score(function, images.copy(), prompts, f"reward {name}", first)     # a copy: some write into it
+        return {name: score(function, images, prompts, f"reward {name}", first)
                 for name, function in self.functions.items()}
 
     def collect(self):
