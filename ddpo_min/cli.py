@@ -37,7 +37,8 @@ METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 # What a number must be, in words and as a test, and the settings that this holds for
 RANGES = (
-    ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
+    ("2 or more, for pictures are compared", lambda x: x >= 2, ("samples",)),
+    ("1 or more", lambda x: x >= 1, ("epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
     ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch", "seed")),

@@ -7,15 +7,19 @@ from pathlib import Path
 from . import __version__, figures
 from .cli import command
 from .device import peak_memory_mb
+from .figures import number
 from .files import InputError, NotFinite
 from .folder import Folder
+from .metrics import spread
 from .progress import Progress
 from .weights import SHIPPED
 
 # What the line of an epoch shows of its metrics, where they are there
 SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
-         ("max_ratio_error", "ratio error {:.0e}"), ("eval_reward", "evaluation {:.3f}"))
+         ("max_ratio_error", "ratio error {:.0e}"))
+
+ALL_EQUAL = "; all rewards are equal, so nothing can be learned from them"
 
 
 class Run:
@@ -62,18 +66,25 @@ class Run:
         except InputError as error:
             self.load()
             self.save_learned()
-            raise InputError(f"{error}; {self.finished} finished epochs are saved, go on with "
-                             f"--resume {self.folder}") from error
+            raise self.saved(error) from error
         finally:
             self.progress.close()
-        self.finish()
+        try:
+            self.finish()
+        except InputError as error:
+            raise self.saved(error) from error
+
+    def saved(self, error):
+        """The same InputError, saying how to go on."""
+        return InputError(f"{error}; {self.finished} finished epochs are saved, go on with --resume {self.folder}")
 
     def begin(self):
         """The evaluation before training; only then the folder: a reward that cannot work leaves none behind."""
         images, rewards, scores = self.evaluation.run()
         self.files.create(self.settings.reward)
         self.write_config()
-        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {rewards.mean():.3f}; to {self.folder}/")
+        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {number(rewards.mean())}; to {self.folder}/"
+              + (ALL_EQUAL if len(rewards) > 1 and rewards.min() == rewards.max() else ""))
         self.files.keep_before(images, rewards, scores)
         self.files.add_row(0, images[self.evaluation.shown])
         self.save()
@@ -88,7 +99,7 @@ class Run:
         epoch: from 0; rewards: (N,); scores: {name: (N,)}; metrics: of the update.
         """
         s, finished = self.settings, epoch + 1
-        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),
+        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=spread(rewards), reward_min=rewards.min(),
                     reward_max=rewards.max(), **metrics, **self.progress.rates())
         if s.eval_every and finished % s.eval_every == 0:
             line.update(self.evaluate_between())
@@ -135,19 +146,20 @@ class Run:
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
         print("evaluating on the held-out seeds ...")
         self.save_learned()         # before anything else can fail
+        if self.history:
+            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         images, rewards, scores = self.evaluation.run()
         self.files.add_row(self.finished, images[self.evaluation.shown])
         images_before, rewards_before, scores_before = self.files.before()
         before, after = rewards_before.mean(), rewards.mean()
         self.save_learned(reward_before=before, reward_after=after)
         self.result = dict(epochs=self.finished, samples=len(rewards), reward_before=before, reward_after=after,
-                           reward_std_before=rewards_before.std(), reward_std_after=rewards.std(),
-                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()})
+                           reward_std_before=spread(rewards_before), reward_std_after=spread(rewards),
+                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()
+                                   if name in scores_before})
         self.files.write_json("result.json", self.result)
-        if self.history:
-            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         shown, prompts = self.evaluation.shown, self.evaluation.prompts
-        captions = [[f"{prompts[i]}: {r[i]:.2f}" for i in shown] for r in (rewards_before, rewards)]
+        captions = [[f"{number(r[i], 2)}  {prompts[i]}" for i in shown] for r in (rewards_before, rewards)]
         figures.save_png(self.folder / "before_after.png", figures.grid([images_before[shown], images[shown]], captions,
                                                                         labels=["before", "after"]))
         print(describe_result(self.settings.reward, self.result, time.time() - self.started))
@@ -157,19 +169,22 @@ class Run:
 
 def describe_epoch(metrics):
     """A line on an epoch, from its metrics."""
-    line = "epoch {epoch:.0f}: reward {reward_mean:.3f} +- {reward_std:.3f} ({reward_min:.3f} to {reward_max:.3f})"
+    mean, std, least, most = (metrics[f"reward_{name}"] for name in ("mean", "std", "min", "max"))
+    line = f"epoch {metrics['epoch']:.0f}: reward {number(mean)} +- {number(std)} ({number(least)} to {number(most)})"
     line += "".join(", " + form.format(metrics[name]) for name, form in SHOWN if name in metrics)
-    line += "".join(f", {name.removeprefix('score_')} {value:.3f}" for name, value in metrics.items()
-                    if name.startswith("score_"))
-    return (line + ", {sampling_images_per_s:.1f} and {training_images_per_s:.1f} images/s, "
-            "{peak_memory_mb:.0f} MB").format(**metrics)
+    named = {"eval_reward": "evaluation", **{name: name.removeprefix("score_") for name in metrics
+                                             if name.startswith("score_")}}
+    line += "".join(f", {shown} {number(metrics[name])}" for name, shown in named.items() if name in metrics)
+    return (f"{line}, {metrics['sampling_images_per_s']:.1f} and {metrics['training_images_per_s']:.1f} images/s, "
+            f"{metrics['peak_memory_mb']:.0f} MB" + (ALL_EQUAL if least == most else ""))
 
 
 def describe_result(reward, result, seconds):
     """What the evaluation was before and after, in a line, and a line for each part or watched reward."""
     before, after = result["reward_before"], result["reward_after"]
-    change = f" ({100 * (after - before) / abs(before):+.1f}%)" if before else ""
-    lines = [f"{reward} on {result['samples']} held-out seeds: {before:.3f} before, {after:.3f} after "
-             f"{result['epochs']} epochs{change}, {seconds / 60:.1f} minutes."]
-    lines += [f"  {name}: {a:.3f} before, {b:.3f} after" for name, (a, b) in result["scores"].items()]
+    change = 100 * (after - before) / abs(before) if before else 0
+    lines = [f"{reward} on {result['samples']} held-out seeds: {number(before)} before, {number(after)} after "
+             f"{result['epochs']} epochs{f' ({change:+.1f}%)' if before and abs(change) < 1e6 else ''}, "
+             f"{seconds / 60:.1f} minutes."]
+    lines += [f"  {name}: {number(a)} before, {number(b)} after" for name, (a, b) in result["scores"].items()]
     return "\n".join(lines)

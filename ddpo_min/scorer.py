@@ -2,6 +2,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
 from . import clip_rewards
 from .files import InputError
@@ -61,6 +62,7 @@ class Scorer:
         self.weights, self.functions, self.total = weights, functions, total
         self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
         self.pending, self.count = [], 0
+        self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 
     def add(self, images, prompts):
         """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str. Raises what a reward raised before."""
@@ -70,20 +72,42 @@ class Scorer:
         self.count += len(images)
 
     def score(self, images, prompts, first):
-        """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch."""
-        return {name: score(function, images, prompts, f"reward {name}", first)
-                for name, function in self.functions.items()}
+        """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch.
+
+        A reward that is only watched and fails is left out until collect().
+        """
+        scores = {}
+        for name, function in self.functions.items():
+            try:
+                if name not in self.missing:
+                    scores[name] = score(function, images, prompts, f"reward {name}", first)
+            except InputError as error:
+                if name in self.weights:
+                    raise
+                self.missing[name] = str(error)
+        return scores
 
     def collect(self):
         """Wait for everything added: (rewards (N,), {name: scores (N,)} of a sum's parts and of what is watched).
 
-        Raises what a reward raised.
+        With the vision-language reward, the scores have "empty_answers", too: 1 where it scores exactly 0. Raises what
+        a reward raised, and InputError if all these are empty.
         """
         try:
             parts = [scores.result() for scores in self.pending]
+            missing = self.missing
         finally:
             self.forget()
-        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions}
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions
+                  if name not in missing}
+        if "vlm" in scores:
+            scores["empty_answers"] = (scores["vlm"] == 0).astype(float)
+            if scores["empty_answers"].all() and "vlm" in self.weights:
+                raise InputError(f"reward vlm: all {len(scores['vlm'])} answers of the vision-language model are empty "
+                                 "or have nothing in common with the prompt; see --vlm-model and --vlm-question")
+        for name in missing.keys() - self.reported:
+            tqdm.write(f"{missing[name]}; it is only watched: the run goes on, without it where it fails")
+        self.reported |= missing.keys()
         rewards = sum(weight * scores[name] for name, weight in self.weights.items())
         return rewards, {name: own for name, own in scores.items() if name != self.total}
 
@@ -91,7 +115,7 @@ class Scorer:
         """Drop what was added and not collected."""
         for scores in self.pending:
             scores.cancel()
-        self.pending, self.count = [], 0
+        self.pending, self.count, self.missing = [], 0, {}
 
 
 def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):

@@ -1,4 +1,5 @@
 """Rewards of a user's own that misbehave: the same training as without that, or one line that says what to do."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from ddpo_min import figures
 from ddpo_min.files import InputError
+from ddpo_min.prompts import find_prompts
 from ddpo_min.rewards import find_own, put_back, score
 from ddpo_min.rollout import sample_noise
 from test_train import arguments, metrics
@@ -28,12 +31,12 @@ def change_everything():
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
-    torch.set_num_threads(torch.get_num_threads() + 1)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(7)
 
 argparse.ArgumentParser().parse_args()
 change_everything()
+torch.set_num_threads(torch.get_num_threads() + 1)
 
 def red(images, prompts):
     change_everything()
@@ -89,7 +92,7 @@ def test_the_noise_is_the_same_whatever_the_defaults_of_torch_are_meanwhile():
         assert torch.equal(sample_noise([3, 2 ** 32 - 1], 1, (1, 2, 2)), expected)
 
 
-def test_pictures_and_prompts_are_the_same_for_the_reward_after_a_vandal():
+def test_pictures_prompts_and_program_are_the_same_for_the_reward_after_a_vandal():
     prompts = list(PROMPTS)
 
     def vandal(images, prompts):
@@ -97,9 +100,13 @@ def test_pictures_and_prompts_are_the_same_for_the_reward_after_a_vandal():
         prompts.clear()
         return [1, 2, 3]
 
-    images = IMAGES.copy()
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        os.chdir("/")
+        return [1, 2, 3]
+
+    images, before = IMAGES.copy(), shared()
     score(vandal, images, prompts)
-    assert (images == IMAGES).all() and prompts == PROMPTS
+    assert (images == IMAGES).all() and prompts == PROMPTS and shared() == before
 
 
 @pytest.mark.parametrize("result", [
@@ -159,3 +166,111 @@ def test_a_reward_that_exits_ends_the_run_with_the_finished_epochs_saved(tiny_fi
     assert len(metrics(tmp_path / "run")) == 1
     train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])        # its fifth call in this program is over
     assert len(metrics(tmp_path / "run")) == 2
+
+
+# Rewards that teach nothing, of an odd scale, or only watched
+
+def test_a_watched_reward_that_fails_is_left_out_said_once_and_back_when_it_works(tiny_file, tmp_path, capsys):
+    """Called twice in an evaluation and in an epoch: it fails in the first and second epoch and works in the third."""
+    path = written(tmp_path, "calls = []\n\n\ndef bad(images, prompts):\n    calls.append(1)\n"
+                             "    return 1 / (len(calls) not in (4, 5)) * images.mean((1, 2, 3))\n")
+    out = tmp_path / "run"
+    train.main(arguments(tiny_file, out, "--watch", f"{path}:bad", epochs=3))
+    assert [f"score_{path}:bad" in line for line in metrics(out)] == [False, False, True]
+    said = "".join(capsys.readouterr())
+    assert said.count("ZeroDivisionError") == 1 and "it is only watched" in said
+    assert list(json.loads((out / "result.json").read_text())["scores"]) == [f"{path}:bad"]
+    assert (out / "curve.png").exists()
+    (tmp_path / "mine.py").unlink()
+    with pytest.raises(InputError, match="no file"):
+        train.main(["--resume", str(out)])
+
+
+def test_one_that_failed_before_training_is_missing_in_the_result_but_not_in_the_log(tiny_file, tmp_path):
+    path = written(tmp_path, "calls = []\n\n\ndef bad(images, prompts):\n    calls.append(1)\n"
+                             "    return images.mean((1, 2, 3)) if len(calls) > 1 else [None]\n")
+    train.main(arguments(tiny_file, tmp_path / "run", "--watch", f"{path}:bad", epochs=1))
+    assert metrics(tmp_path / "run")[0][f"score_{path}:bad"] > 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["scores"] == {}
+
+
+def test_a_failure_in_the_last_evaluation_leaves_curve_and_advice_that_holds(tiny_file, tmp_path):
+    path, out = tmp_path / "mine.py", tmp_path / "run"
+    written(tmp_path, "calls = []\n\n\ndef bad(images, prompts):\n    calls.append(1)\n"
+                      "    return images.mean((1, 2, 3)) if len(calls) != 5 else [None]\n")
+    message = refused(train.main, arguments(tiny_file, out, "--reward", f"{path}:bad", epochs=1))
+    assert message.endswith(f"; 1 finished epochs are saved, go on with --resume {out}")
+    assert (out / "curve.png").exists() and not (out / "result.json").exists()
+    train.main(["--resume", str(out)])
+    assert (out / "result.json").exists() and (out / "before_after.png").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e10, 1e297])
+def test_rewards_of_any_scale_are_printed_and_written_readably(tiny_file, tmp_path, scale, capsys):
+    out, pictures = tmp_path / "run", []
+
+    def reward(images, prompts):
+        pictures.append(images.mean((1, 2, 3)))
+        return scale * pictures[-1]
+
+    train.train(train.read_settings(arguments(tiny_file, out, "--eval-every", "1", epochs=1)), reward=reward)
+    line, result = metrics(out)[0], json.loads((out / "result.json").read_text())
+    assert line["reward_std"] == pytest.approx(scale * np.std(np.concatenate(pictures[2:4])))
+    assert result["reward_std_before"] == pytest.approx(scale * np.std(np.concatenate(pictures[:2])))
+    assert not {"Infinity", "NaN"} & set(" ".join(path.read_text() for path in out.glob("*.json*")).split())
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) < 300 and "reward 0.000" not in said and "inf" not in said
+
+
+@pytest.mark.parametrize("value,text", [(0, "0.000"), (1.2345, "1.234"), (-0.5, "-0.500"), (1e-9, "1e-09"),
+                                        (-4.56e-4, "-0.000456"), (123456.7, "123456.700"), (-1e300, "-1e+300")])
+def test_a_number_is_short_at_any_scale(value, text):
+    assert figures.number(value) == text
+
+
+def test_a_reward_that_never_differs_is_said_at_the_start_and_every_epoch(tiny_file, tmp_path, capsys):
+    def constant(images, prompts):
+        return [1.0] * len(images)
+
+    run = train.train(train.read_settings(arguments(tiny_file, tmp_path / "run", epochs=2)), reward=constant)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in said if line.endswith("nothing can be learned from them")] == [
+        "", "epoch", "epoch"]
+    assert run.history[0]["reward_std"] == 0
+    train.main(arguments(tiny_file, tmp_path / "jpeg", epochs=1))
+    assert "nothing can be learned" not in capsys.readouterr().out
+
+
+def test_one_sample_has_nothing_to_be_compared_with(tmp_path):
+    message = refused(train.main, ["--samples", "1", "--updates", "1", "--out", str(tmp_path / "x")])
+    assert message.startswith("--samples 1: expected 2 or more") and not (tmp_path / "x").exists()
+
+
+# Captions and prompts
+
+def test_captions_begin_with_the_number_and_end_where_their_picture_ends():
+    """Long captions on white pictures: where a picture and its gap end, the next caption's first pixels begin."""
+    white = np.full((2, 128, 128, 3), 255, np.uint8)
+    long = "-12.34  a hedgehog washing dishes beside a kangaroo playing chess"
+    strip = np.asarray(figures.grid([white], [[long, long]]).convert("L"))[figures.GAP + 128:]
+    first, second = strip[:, figures.GAP:][:, :132], strip[:, figures.GAP + 132:][:, :132]
+    assert (first == second).all() and first.min() < 100        # nothing of the first reaches into the second
+    assert (strip[:, figures.GAP + 128:][:, :figures.GAP] == 255).all()
+    font = figures.ImageFont.load_default(11)
+    text = figures.cut_to(long, 128, font)
+    assert text.startswith("-12.34  a hedgehog") and text.endswith("...") and font.getlength(text) <= 128
+    assert figures.cut_to("-1.63  a cat", 128, font) == "-1.63  a cat" and figures.cut_to(long, 3, font) == "..."
+
+
+def test_a_prompt_ends_where_its_line_ends(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\na\u2028dog \r\n\na\x0cfox\na\x85b\x1cc\ra [red] cow\n".encode())
+    assert find_prompts(str(path)) == ["a cat", "a\u2028dog", "a\x0cfox", "a\x85b\x1cc", "a [red] cow"]
+
+
+@pytest.mark.parametrize("text", ['["a cat", "a dog"]', '[\n "a cat",\n "a dog"\n]\n', '{"prompts": ["a cat"]}',
+                                  '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "[]"])
+def test_a_json_file_is_no_file_of_prompts(text, tmp_path):
+    (tmp_path / "prompts.json").write_text(text)
+    message = refused(find_prompts, str(tmp_path / "prompts.json"))
+    assert "a JSON file; expected a text file, one prompt a line" in message
