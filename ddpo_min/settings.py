@@ -65,8 +65,8 @@ class Settings:
     vlm_url: str = "http://localhost:8000/v1"  # an OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp, LM Studio
     vlm_model: str = ""             # name of the vision-language model on that server [LLaVA]
     vlm_question: str = "Answer concisely: what is going on in this image?"  # what it is asked [code: the same]
-    vlm_reference: str = "The image contains {prompt}"  # what its answer is compared with [code: the same]
-    vlm_encoder: str = ""           # FILE.py:FUNCTION for BERTScore; empty: the model's own text encoder [DeBERTa]
+    vlm_reference: str = "{prompt}"  # what its answer is compared with [code: The image contains {prompt}]
+    vlm_encoder: str = ""           # FILE.py:FUNCTION for BERTScore; empty: the model's own token embeddings [DeBERTa]
     vlm_idf: bool = False           # weight tokens by their rarity among the prompts
     vlm_parallel: int = 8           # requests in flight
     vlm_timeout: float = 60.0       # seconds to wait for an answer

@@ -96,7 +96,7 @@ def test_help_ends_well(capsys):
 def test_part_takes_the_prefix_away():
     s = Settings(vlm_model="m", vlm_idf=True)
     assert s.part("vlm_") == dict(url="http://localhost:8000/v1", model="m", question=s.vlm_question,
-                                  reference="The image contains {prompt}", encoder="", idf=True, parallel=8,
+                                  reference="{prompt}", encoder="", idf=True, parallel=8,
                                   timeout=60.0, retries=4, api_key_env="OPENAI_API_KEY")
     assert s.part("eval_") == dict(samples=180, prompts="", every=0)
 
