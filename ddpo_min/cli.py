@@ -37,8 +37,7 @@ METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 # What a number must be, in words and as a test, and the settings that this holds for
 RANGES = (
-    ("2 or more, for pictures are compared", lambda x: x >= 2, ("samples",)),
-    ("1 or more", lambda x: x >= 1, ("epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
+    ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
     ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch", "seed")),
@@ -286,6 +285,9 @@ def _check_algorithm(s):
                          f"algorithms train on and {s.algorithm} does not")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+    if s.normalise == "epoch" and s.samples == 1:
+        raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
+                         "prompt, which compares with earlier epochs")
     if s.algorithm == "ddpo_sf" and s.updates * s.inner_epochs > 1:
         raise InputError("--algorithm ddpo_sf: REINFORCE uses its samples once; --updates and --inner-epochs must be 1")
     if s.trainable == "full" and s.dtype != "float32":
