@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile"}      # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch"}     # what --resume may change
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 # What a number must be, in words and as a test, and the settings that this holds for

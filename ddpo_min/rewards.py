@@ -2,8 +2,10 @@
 
 This file holds the two that need no network, finds a user's own, and calls them all safely.
 """
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
 import os
 import sys
@@ -92,6 +94,14 @@ def find_own(name, flag="--reward"):
     if not callable(getattr(module, function, None)):
         raise InputError(f"{flag} {name}: {where} has no function {function}")
     return getattr(module, function)
+
+
+def fingerprint(reward):
+    """SHA-256 of the file that a reward's code is in, in hexadecimal; "" if there is none."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(reward)).read_bytes()).hexdigest()
+    except (TypeError, OSError):        # an object, a function in C, one typed into a shell
+        return ""
 
 
 def score(reward, images, prompts, name="the reward", first=0):

@@ -50,9 +50,12 @@ class Run:
         Ctrl-C ends the loop at the last epoch that is finished. So does an InputError (a reward that fails, numbers
         that are not finite), which is raised again and says how to go on.
         """
-        self.learner, self.evaluation = learner, evaluation
+        self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
         if self.settings.resume:
             self.load()
+            for name, now in evaluation.scorer.files.items():
+                if self.reward_files.get(name, now) != now:
+                    print(f"  {name}: its file has changed since the run began; rewards from before are not comparable")
             self.write_config()
         else:
             self.begin()
@@ -128,7 +131,8 @@ class Run:
         """A checkpoint; the LoRA's file with it, a complete model's at the end only: state.pt has it already."""
         if self.learner.lora:
             self.save_learned()
-        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history))
+        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history,
+                                    reward_files=self.reward_files))
 
     def save_learned(self, **story):
         """Write the LoRA, or the complete model, with its story in its metadata."""
@@ -140,6 +144,7 @@ class Run:
         """Go on from the last checkpoint; an epoch that was logged but not saved is dropped."""
         state = self.files.read_state(self.learner)
         self.finished, self.history = state["epoch"], state["history"]
+        self.reward_files = state.get("reward_files", self.reward_files)
         self.files.write_metrics(self.history)
 
     def finish(self):

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from . import clip_rewards
 from .files import InputError
-from .rewards import REWARDS, WITH_NETWORKS, find_own, score
+from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
 from .vlm import alignment
 from .vlm import check as check_vlm
 
@@ -61,6 +61,8 @@ class Scorer:
         the name of the sum, which is not a part of itself."""
         self.weights, self.functions, self.total = weights, functions, total
         self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
+        self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
+                      if name not in REWARDS and name not in WITH_NETWORKS}
         self.pending, self.count = [], 0
         self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 

@@ -78,7 +78,7 @@ class Settings:
     dtype: str = "float32"          # of the frozen networks: float32, bfloat16, or float16 on GPUs before 2020
     checkpointing: bool = False     # compute activations again in the backward pass: less memory, a third more time
     compile: bool = False           # torch.compile the UNet, in sampling and training; takes minutes at the start
-    resume: str = ""  # folder of a run to go on with; only epochs, device, batch, checkpointing, compile may change
+    resume: str = ""  # folder of a run to go on with; only epochs, device, batch, checkpointing, compile, watch may
 
     @property
     def regression(self):

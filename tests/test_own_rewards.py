@@ -182,8 +182,8 @@ def test_a_watched_reward_that_fails_is_left_out_said_once_and_back_when_it_work
     assert list(json.loads((out / "result.json").read_text())["scores"]) == [f"{path}:bad"]
     assert (out / "curve.png").exists()
     (tmp_path / "mine.py").unlink()
-    with pytest.raises(InputError, match="no file"):
-        train.main(["--resume", str(out)])
+    assert "--watch" in refused(train.main, ["--resume", str(out)])
+    train.main(["--resume", str(out), "--watch", ""])
 
 
 def test_one_that_failed_before_training_is_missing_in_the_result_but_not_in_the_log(tiny_file, tmp_path):
@@ -203,6 +203,16 @@ def test_a_failure_in_the_last_evaluation_leaves_curve_and_advice_that_holds(tin
     assert (out / "curve.png").exists() and not (out / "result.json").exists()
     train.main(["--resume", str(out)])
     assert (out / "result.json").exists() and (out / "before_after.png").exists()
+
+
+def test_a_reward_whose_file_has_changed_is_said_at_every_resume(tiny_file, tmp_path, capsys):
+    path, out = written(tmp_path, TAME), str(tmp_path / "run")
+    train.main(arguments(tiny_file, out, "--reward", f"{path}:red=1,jpeg=1", epochs=1))
+    for text, said in ((TAME, 0), (TAME + "# other\n", 1), (TAME + "# other\n", 1)):
+        capsys.readouterr()
+        written(tmp_path, text)
+        train.main(["--resume", out])
+        assert capsys.readouterr().out.count(f"{path}:red: its file has changed since the run began") == said
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e10, 1e297])
