@@ -69,5 +69,6 @@ def run_main(main):
               "or another --device or --dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        print("stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)       # sys.exit would wait for the threads: for ever, if a reward hangs in one

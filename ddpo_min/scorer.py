@@ -1,5 +1,5 @@
 """Rewards by name, their weighted sum, and scoring beside sampling."""
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 from tqdm import tqdm
@@ -11,6 +11,7 @@ from .vlm import alignment
 from .vlm import check as check_vlm
 
 IN_THREADS = {"jpeg", "incompressible", "vlm"}      # these may be called from several threads at once
+PATIENCE = 600      # seconds to wait for scores without a word
 
 
 def parse_rewards(text, flag="--reward"):
@@ -68,10 +69,14 @@ class Scorer:
 
     def add(self, images, prompts):
         """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str. Raises what a reward raised before."""
-        if any(scores.done() and scores.exception() for scores in self.pending):
+        if self.failed():
             self.collect()         # raises: no need to draw the rest of the epoch
         self.pending.append(self.pool.submit(self.score, images, prompts, self.count))
         self.count += len(images)
+
+    def failed(self):
+        """Whether a reward has raised."""
+        return any(scores.done() and scores.exception() for scores in self.pending)
 
     def score(self, images, prompts, first):
         """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch.
@@ -96,6 +101,9 @@ class Scorer:
         a reward raised, and InputError if all these are empty.
         """
         try:
+            if wait(self.pending, PATIENCE, FIRST_EXCEPTION).not_done and not self.failed():
+                tqdm.write(f"reward {', '.join(self.functions)}: no answer for {PATIENCE} s; if it hangs, press Ctrl-C "
+                           "twice, mend it and go on with --resume")
             parts = [scores.result() for scores in self.pending]
             missing = self.missing
         finally:

@@ -1,7 +1,9 @@
 """Rewards of a user's own that misbehave: the same training as without that, or one line that says what to do."""
 import json
 import os
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from ddpo_min import figures
+from conftest import ROOT
+from ddpo_min import figures, scorer
 from ddpo_min.files import InputError
 from ddpo_min.prompts import find_prompts
 from ddpo_min.rewards import find_own, put_back, score
@@ -213,6 +216,27 @@ def test_a_reward_whose_file_has_changed_is_said_at_every_resume(tiny_file, tmp_
         written(tmp_path, text)
         train.main(["--resume", out])
         assert capsys.readouterr().out.count(f"{path}:red: its file has changed since the run began") == said
+
+
+def test_a_reward_that_takes_long_is_named_once(monkeypatch, capsys):
+    monkeypatch.setattr(scorer, "PATIENCE", 0.05)
+    release = threading.Event()
+    slow = scorer.Scorer({"mine.py:slow": 1.0}, {"mine.py:slow": lambda images, prompts: (release.wait(), [1.0])[1]})
+    threading.Timer(0.3, release.set).start()
+    slow.add(IMAGES[:1], PROMPTS[:1])
+    assert slow.collect()[0].tolist() == [1]
+    assert capsys.readouterr().out.count("reward mine.py:slow: no answer for 0.05 s; if it hangs, press Ctrl-C") == 1
+    slow.add(IMAGES[:1], PROMPTS[:1])
+    slow.collect()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_command_whose_reward_hangs_ends_with_ctrl_c():
+    code = ("import threading; from concurrent.futures import ThreadPoolExecutor; from ddpo_min.files import run_main\n"
+            "def main():\n    print('said')\n    ThreadPoolExecutor().submit(threading.Event().wait)\n"
+            "    raise KeyboardInterrupt\nrun_main(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "stopped\n")
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e10, 1e297])
