@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .chat import API_KEY_ENV, ChatModel, check_server, read_key
-from .files import InputError
-from .rewards import find_own
+from .files import InputError, first_line
+from .rewards import find_own, put_back
 from .text import END_OF_TEXT, tokenize
 
 
@@ -93,8 +93,19 @@ class Alignment:
         return self.embed([self.reference.replace("{prompt}", prompt) for prompt in prompts])
 
     def embed(self, texts):
-        with self.one_at_a_time:
-            return self.encoder(texts)
+        """What the encoder says of each text: (tokens, embeddings float32 (n, d)). Raises InputError if it fails."""
+        try:
+            with self.one_at_a_time, put_back():
+                found = [(list(tokens), torch.as_tensor(rows).detach().float().cpu())
+                         for tokens, rows in self.encoder(texts)]
+        except (Exception, SystemExit) as error:
+            raise InputError(f"--vlm-encoder: failed on {len(texts)} texts, the first {texts[0]!r} "
+                             f"({type(error).__name__}: {first_line(error)}); mend it there")
+        if len(found) != len(texts) or any(rows.ndim != 2 or len(rows) != len(tokens) for tokens, rows in found):
+            shapes = ", ".join(f"{len(tokens)} and {tuple(rows.shape)}" for tokens, rows in found[:3])
+            raise InputError(f"--vlm-encoder: returned tokens and embeddings of the shapes {shapes} for {len(texts)} "
+                             "texts; expected n tokens and (n, d) for each text")
+        return found
 
     def weights(self, tokens):
         """How much each token of a reference counts: its idf, or 1; but 0 if every reference has it."""

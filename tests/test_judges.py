@@ -1,5 +1,6 @@
 """What the vision-language reward says of answers, and what a run does when its server fails in the field's ways."""
 import json
+import sys
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_tokens_that_every_reference_has_count_nothing_and_without_others_all_co
     for idf in (False, True):
         assert scores(words, answers, ["cat", "dog"], idf=idf, **more) == [0, 1, 0]
         assert scores(words, answers, ["cat"], idf=idf, **more) == [0.75, 1, 0]
+
+
+@pytest.mark.parametrize("encoder, named", [
+    (lambda texts: 1 / 0, "failed on 2 texts, the first 'cat' (ZeroDivisionError: division by zero)"),
+    (lambda texts: sys.exit(), "SystemExit"), (lambda texts: [("ab", torch.ones(2, 3))], "2 and (2, 3) for 2 texts"),
+    (lambda texts: [("ab", torch.ones(3, 3))] * 2, "2 and (3, 3), 2 and (3, 3) for 2"),
+    (lambda texts: [("ab", torch.ones(2))] * 2, "2 and (2,)"), (lambda texts: torch.ones(2, 5, 3), "ValueError")])
+def test_an_encoder_of_ones_own_that_fails_is_one_line(encoder, named):
+    message = refused(scores, encoder, ["a cat"], ["cat", "dog"])
+    assert message.startswith("--vlm-encoder: ") and named in message
 
 
 # Empty answers
