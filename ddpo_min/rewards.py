@@ -113,8 +113,8 @@ def score(reward, images, prompts, name="the reward", first=0):
     try:
         with put_back():
             result = reward(images.copy(), list(prompts))       # copies: some write into them
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{name} failed on {which}: {error}")
     except (Exception, SystemExit) as error:
         frame = error.__traceback__.tb_next         # the reward's own, if it is written in Python
         line = f" in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""

@@ -145,7 +145,8 @@ def test_a_fault_that_stays_ends_the_run_in_one_line_and_resume_goes_on(tiny_fil
     with Server(lambda k, body: reply if k >= 5 + 8 and broken else f"a cat {k % 8}") as server:
         message = refused(train.main, vlm_arguments(tiny_file, out, server, "--reward", "vlm", epochs=2))
         assert message.endswith(f"; 1 finished epochs are saved, go on with --resume {out}") and len(metrics(out)) == 1
-        assert message.startswith("the vision-language model at ") and len(message) < 400 + len(str(out))
+        assert message.startswith("reward vlm failed on images 0 to 3 of the epoch, the first of 'a ")
+        assert f"the vision-language model at {server.url}" in message and len(message) < 500 + len(str(out))
         broken.clear()
         train.main(["--resume", str(out)])
     assert len(metrics(out)) == 2 and (out / "before_after.png").exists()
