@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "vlm_url"}      # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "vlm_url"}  # what --resume may change
 # Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
 GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
@@ -304,6 +304,9 @@ def _check_algorithm(s):
                          f"algorithms train on and {s.algorithm} does not")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+    if s.normalise == "epoch" and s.samples == 1:
+        raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
+                         "prompt, which compares with earlier epochs")
     if s.algorithm == "ddpo_sf" and s.updates * s.inner_epochs > 1:
         raise InputError("--algorithm ddpo_sf: REINFORCE uses its samples once; --updates and --inner-epochs must be 1")
     if s.trainable == "full" and s.dtype != "float32":

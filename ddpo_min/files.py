@@ -100,8 +100,9 @@ def _umask():
 
 
 def first_line(error):
-    """The first line of an exception's message, for a message of one line."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    """The first line of an exception's message, for a message of one line: what of it can be printed."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return "".join(c for c in line if c.isprintable()) or "no message"
 
 
 def is_out_of_memory(error):

@@ -7,15 +7,19 @@ from pathlib import Path
 from . import __version__, figures
 from .cli import ON_RESUME, command, how_to_resume
 from .device import peak_memory_mb
+from .figures import number
 from .files import InputError, NotFinite, uninterrupted
 from .folder import Folder, sha256
+from .metrics import spread
 from .progress import Progress
 from .weights import SHIPPED
 
 # What the line of an epoch shows of its metrics, where they are there
 SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
-         ("max_ratio_error", "ratio error {:.0e}"), ("eval_reward", "evaluation {:.3f}"))
+         ("max_ratio_error", "ratio error {:.0e}"))
+
+ALL_EQUAL = "; all rewards are equal, so nothing can be learned from them"
 
 
 class Run:
@@ -54,7 +58,7 @@ class Run:
         Ctrl-C ends the loop at the last epoch that is finished. So does an InputError (a reward that fails, numbers
         that are not finite, a full disk), which is raised again and says how to go on.
         """
-        self.learner, self.evaluation = learner, evaluation
+        self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
         self.go_on() if self.settings.resume else self.begin()
         self.progress.open(self.finished)
         try:
@@ -89,11 +93,15 @@ class Run:
         finally:
             if not (self.folder / "state.pt").exists():
                 self.files.remove()
-        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {rewards.mean():.3f}; to {self.folder}/")
+        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {number(rewards.mean())}; to {self.folder}/"
+              + (ALL_EQUAL if len(rewards) > 1 and rewards.min() == rewards.max() else ""))
 
     def go_on(self):
         """Take up the last checkpoint, and write anew what a killed run had not written after it."""
         self.load()
+        for name, now in self.evaluation.scorer.files.items():
+            if self.reward_files.get(name, now) != now:
+                print(f"  {name}: its file has changed since the run began; rewards from before are not comparable")
         self.write_config()
         self.publish()
         self.show()
@@ -109,7 +117,7 @@ class Run:
         epoch: from 0; rewards: (N,); scores: {name: (N,)}; metrics: of the update.
         """
         s, finished = self.settings, epoch + 1
-        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),
+        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=spread(rewards), reward_min=rewards.min(),
                     reward_max=rewards.max(), **metrics, **self.progress.rates())
         if s.eval_every and finished % s.eval_every == 0:
             line.update(self.evaluate_between())
@@ -141,7 +149,7 @@ class Run:
     def save(self):
         """The checkpoint; once it is written an epoch is safe."""
         self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history,
-                                    settings=self.kept))
+                                    settings=self.kept, reward_files=self.reward_files))
         self.publish()
 
     def publish(self):
@@ -160,6 +168,7 @@ class Run:
         """Back to the last checkpoint."""
         state = self.files.read_state(self.learner)
         self.finished, self.history = state["epoch"], state["history"]
+        self.reward_files = state.get("reward_files", self.reward_files)
 
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
@@ -173,11 +182,12 @@ class Run:
         before, after = rewards_before.mean(), rewards.mean()
         self.save_learned(reward_before=before, reward_after=after)
         self.result = dict(epochs=self.finished, samples=len(rewards), reward_before=before, reward_after=after,
-                           reward_std_before=rewards_before.std(), reward_std_after=rewards.std(),
-                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()})
+                           reward_std_before=spread(rewards_before), reward_std_after=spread(rewards),
+                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()
+                                   if name in scores_before})
         self.files.write_json("result.json", self.result)
         shown, prompts = self.evaluation.shown, self.evaluation.prompts
-        captions = [[f"{prompts[i]}: {r[i]:.2f}" for i in shown] for r in (rewards_before, rewards)]
+        captions = [[f"{number(r[i], 2)}  {prompts[i]}" for i in shown] for r in (rewards_before, rewards)]
         figures.save_png(self.folder / "before_after.png", figures.grid([images_before[shown], images[shown]], captions,
                                                                         labels=["before", "after"]))
         print(describe_result(self.settings.reward, self.result, time.time() - self.started))
@@ -187,19 +197,22 @@ class Run:
 
 def describe_epoch(metrics):
     """A line on an epoch, from its metrics."""
-    line = "epoch {epoch:.0f}: reward {reward_mean:.3f} +- {reward_std:.3f} ({reward_min:.3f} to {reward_max:.3f})"
+    mean, std, least, most = (metrics[f"reward_{name}"] for name in ("mean", "std", "min", "max"))
+    line = f"epoch {metrics['epoch']:.0f}: reward {number(mean)} +- {number(std)} ({number(least)} to {number(most)})"
     line += "".join(", " + form.format(metrics[name]) for name, form in SHOWN if name in metrics)
-    line += "".join(f", {name.removeprefix('score_')} {value:.3f}" for name, value in metrics.items()
-                    if name.startswith("score_"))
-    return (line + ", {sampling_images_per_s:.1f} and {training_images_per_s:.1f} images/s, "
-            "{peak_memory_mb:.0f} MB").format(**metrics)
+    named = {"eval_reward": "evaluation", **{name: name.removeprefix("score_") for name in metrics
+                                             if name.startswith("score_")}}
+    line += "".join(f", {shown} {number(metrics[name])}" for name, shown in named.items() if name in metrics)
+    return (f"{line}, {metrics['sampling_images_per_s']:.1f} and {metrics['training_images_per_s']:.1f} images/s, "
+            f"{metrics['peak_memory_mb']:.0f} MB" + (ALL_EQUAL if least == most else ""))
 
 
 def describe_result(reward, result, seconds):
     """What the evaluation was before and after, in a line, and a line for each part or watched reward."""
     before, after = result["reward_before"], result["reward_after"]
-    change = f" ({100 * (after - before) / abs(before):+.1f}%)" if before else ""
-    lines = [f"{reward} on {result['samples']} held-out seeds: {before:.3f} before, {after:.3f} after "
-             f"{result['epochs']} epochs{change}, {seconds / 60:.1f} minutes."]
-    lines += [f"  {name}: {a:.3f} before, {b:.3f} after" for name, (a, b) in result["scores"].items()]
+    change = 100 * (after - before) / abs(before) if before else 0
+    lines = [f"{reward} on {result['samples']} held-out seeds: {number(before)} before, {number(after)} after "
+             f"{result['epochs']} epochs{f' ({change:+.1f}%)' if before and abs(change) < 1e6 else ''}, "
+             f"{seconds / 60:.1f} minutes."]
+    lines += [f"  {name}: {number(a)} before, {number(b)} after" for name, (a, b) in result["scores"].items()]
     return "\n".join(lines)

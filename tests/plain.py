@@ -119,10 +119,11 @@ def picture(nets, x_0):
 def advantages(s, prompts, rewards, latest):
     """How much better than usual each reward is, in standard deviations, cut at +-advantage_clip    [paper App. D.3].
 
-    latest: {prompt: its rewards so far}, changed; the last prompt_buffer of them count, if there are prompt_minimum.
+    latest: {prompt: its rewards so far}, changed; the last prompt_buffer of them count, or all of this epoch's if these
+    are more, if there are prompt_minimum.
     """
     for prompt, r in zip(prompts, rewards):
-        latest[prompt] = (latest.get(prompt, []) + [r])[-s.prompt_buffer:]
+        latest[prompt] = (latest.get(prompt, []) + [r])[-max(s.prompt_buffer, prompts.count(prompt)):]
     result = []
     for n, (prompt, r) in enumerate(zip(prompts, rewards)):
         usual = rewards
@@ -131,7 +132,7 @@ def advantages(s, prompts, rewards, latest):
             usual = rewards[first:first + s.group_size]
         if s.normalise == "prompt" and len(latest[prompt]) >= s.prompt_minimum:
             usual = latest[prompt]
-        advantage = (r - statistics.fmean(usual)) / (statistics.pstdev(usual) + 1e-6)
+        advantage = (r - statistics.fmean(usual)) / statistics.pstdev(usual)
         result.append(max(-s.advantage_clip, min(s.advantage_clip, advantage)))
     return result
 

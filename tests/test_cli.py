@@ -97,7 +97,7 @@ def test_help_ends_well(capsys):
 def test_part_takes_the_prefix_away():
     s = Settings(vlm_model="m", vlm_idf=True)
     assert s.part("vlm_") == dict(url="http://localhost:8000/v1", model="m", question=s.vlm_question,
-                                  reference="The image contains {prompt}", encoder="", idf=True, parallel=8,
+                                  reference="{prompt}", encoder="", idf=True, parallel=8,
                                   timeout=60.0, retries=4, api_key_env="OPENAI_API_KEY")
     assert s.part("eval_") == dict(samples=180, prompts="", every=0)
 
@@ -366,7 +366,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url may change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url, --watch may "
+                                 "change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_min.advantages import PromptStatistics
+from ddpo_min.advantages import PromptStatistics, clipped_advantages
 from ddpo_min.files import InputError
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
 from ddpo_min.rewards import incompressible, jpeg, jpeg_kilobytes, score
@@ -67,23 +67,23 @@ def test_reinforce_is_minus_the_mean_of_advantage_times_log_prob():
 def normalised(reward, seen):
     mean = sum(seen) / len(seen)
     deviation = (sum((x - mean) ** 2 for x in seen) / len(seen)) ** 0.5
-    return (reward - mean) / (deviation + 1e-6)
+    return (reward - mean) / deviation
 
 
 def test_each_reward_is_normalised_by_its_prompts_latest_ones():
     statistics = PromptStatistics(buffer=3, minimum=2)
     first = statistics.advantages(["a", "b", "a"], [1.0, 10.0, 3.0])
-    assert first == pytest.approx([-1 / (1 + 1e-6), normalised(10, [1, 10, 3]), 1 / (1 + 1e-6)], rel=1e-12)
+    assert first == pytest.approx([-1, normalised(10, [1, 10, 3]), 1], rel=1e-12)
     second = statistics.advantages(["b", "a"], [4.0, 5.0])
-    assert second == pytest.approx([-3 / (3 + 1e-6), 2 / ((8 / 3) ** 0.5 + 1e-6)], rel=1e-12)
+    assert second == pytest.approx([-1, 2 / (8 / 3) ** 0.5], rel=1e-12)
     third = statistics.advantages(["a"], [9.0])         # the 1 is forgotten
     assert third == pytest.approx([normalised(9, [3, 5, 9])], rel=1e-12)
 
 
 def test_below_the_minimum_the_batch_counts_and_from_it_on_the_prompt():
     statistics = PromptStatistics(buffer=8, minimum=3)
-    assert statistics.advantages(["a", "b"], [1.0, 5.0]) == pytest.approx([-2 / (2 + 1e-6), 2 / (2 + 1e-6)], rel=1e-12)
-    assert statistics.advantages(["a", "b"], [2.0, 8.0]) == pytest.approx([-3 / (3 + 1e-6), 3 / (3 + 1e-6)], rel=1e-12)
+    assert statistics.advantages(["a", "b"], [1.0, 5.0]) == pytest.approx([-1, 1], rel=1e-12)
+    assert statistics.advantages(["a", "b"], [2.0, 8.0]) == pytest.approx([-1, 1], rel=1e-12)
     got = statistics.advantages(["a", "c"], [6.0, 0.0])
     assert got == pytest.approx([normalised(6, [1, 2, 6]), normalised(0, [6, 0])], rel=1e-12)
 
@@ -106,12 +106,30 @@ def test_integer_rewards_are_not_truncated(rewards):
 def test_prompts_that_differ_at_all_are_kept_apart(other):
     one = "a fox" + " and a hen" * 60 + "!" if len(other) > 10 else "a fox"
     got = PromptStatistics(8, 2).advantages([one, other, one, other], [0.0, 100.0, 1.0, 102.0])
-    assert got == pytest.approx([-0.5 / (0.5 + 1e-6), -1 / (1 + 1e-6), 0.5 / (0.5 + 1e-6), 1 / (1 + 1e-6)], rel=1e-9)
+    assert got == pytest.approx([-1, -1, 1, 1], rel=1e-12)
 
 
-def test_equal_rewards_have_no_advantage():
-    got = PromptStatistics(32, 16).advantages(["a"] * 20 + ["b"] * 3, [0.1] * 23)
-    assert np.abs(got).max() < 1e-9
+@pytest.mark.parametrize("normalise", ["prompt", "group", "epoch"])
+@pytest.mark.parametrize("value", [0.1, 0.0, -3.7, 1e10, 1e-10, 1e300])
+def test_equal_rewards_have_no_advantage(value, normalise):
+    got = clipped_advantages(["a"] * 20 + ["b"] * 3, np.full(23, value), normalise=normalise, clip=5, group_size=23,
+                             statistics=PromptStatistics(32, 16))
+    assert got.tolist() == [0] * 23
+
+
+@pytest.mark.parametrize("normalise", ["prompt", "group", "epoch"])
+@pytest.mark.parametrize("scale", [1e-200, 1e-9, 1e10, 1e300])
+def test_the_scale_of_a_reward_does_not_matter(scale, normalise):
+    prompts, rewards = ["a", "b"] * 6, np.random.default_rng(0).normal(size=12)
+    wanted, got = (clipped_advantages(prompts, r, normalise=normalise, clip=5, group_size=4,
+                                      statistics=PromptStatistics(8, 2)) for r in (rewards, scale * rewards))
+    assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_all_of_an_epochs_own_rewards_count_and_older_ones_fill_the_buffer():
+    statistics, rewards = PromptStatistics(buffer=4, minimum=2), np.arange(10.0) ** 2
+    assert statistics.advantages(["a"] * 10, rewards) == pytest.approx([normalised(r, rewards) for r in rewards])
+    assert statistics.advantages(["a"], [7.0]) == pytest.approx([normalised(7, [49, 64, 81, 7])], rel=1e-12)
 
 
 def test_restored_statistics_continue_exactly():
