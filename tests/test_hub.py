@@ -48,7 +48,7 @@ def hub(tmp_path, monkeypatch):
         network.save_pretrained(files / folder, variant="fp16")
     for name in ("scheduler/scheduler_config.json", "safety_checker/config.json", "model_index.json"):
         (files / name).parent.mkdir(exist_ok=True)
-        (files / name).write_text("{}")
+        (files / name).write_text('{"prediction_type": "epsilon"}')
     fake = FakeHub("a/b", files, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
     monkeypatch.chdir(tmp_path)
