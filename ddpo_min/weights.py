@@ -18,7 +18,7 @@ from . import layout
 from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, count, open_folder, open_single_file
 from .files import InputError, NotFinite, atomic, shown
 from .hub import SCHEDULER, fetch
-from .text import TextConfig, TextEncoder, tokenize
+from .text import END_OF_TEXT, TextConfig, TextEncoder, tokenize
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -54,10 +54,9 @@ class StableDiffusion:
     def encode_prompts(self, prompts):
         """Prompts (list of B str) -> context (B, 77, width) for the UNet."""
         device, config = self.text_encoder.text_model.final_layer_norm.weight.device, self.text_encoder.config
-        ids = tokenize(prompts, config.positions, config.padding)
-        if ids.max() >= config.vocabulary:
+        if config.vocabulary <= END_OF_TEXT:
             raise InputError(f"the model's text encoder knows {config.vocabulary} tokens; expected CLIP's 49408")
-        return self.text_encoder(ids.to(device))
+        return self.text_encoder(tokenize(prompts, config.positions, config.padding).to(device))
 
 
 def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
