@@ -7,11 +7,13 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from . import layout
 from .files import InputError, shown
 from .hub import ENDINGS, PARTS, SCHEDULER, read_json, shards
+from .schedule import alphas_cumprod
 
 # Constants that tensor shapes do not show, of Stable Diffusion 1.x. A single file's metadata overrides them under the
 # same names (the shipped model's does), a diffusers folder's config.json files under diffusers' names. 0: see
@@ -129,6 +131,11 @@ def open_single_file(path):
                          f"{SUPPORTED}")
     sources = {part: _lazy(path, renamed) for part, renamed in names.items()}
     sources["text"] = _split_in_proj(path, names["text"], sources["text"])
+    if "alphas_cumprod" in found:       # checkpoints of a training have their schedule
+        theirs, ours = file.get_tensor("alphas_cumprod").double(), alphas_cumprod()
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.2, atol=0):    # it can be rounded
+            raise InputError(f"{path}: its alphas_cumprod are another noise schedule than Stable Diffusion's; "
+                             f"{SUPPORTED}")
     constants = _constants(path, metadata, _defaults(sources))
     return sources, {**constants, "prediction": _prediction(path, metadata.get(PREDICTION))}
 
@@ -265,7 +272,7 @@ def _folder_constants(path, sources, unet, vae, text):
     widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0][:1] for i in range(levels)]
     fits = len(heads) == levels and all(isinstance(n, int) and n > 0 for n in heads)
     head_widths = {width[0] / n for width, n in zip(widths, heads) if width} if fits else ()
-    if len(head_widths) != 1:
+    if len(head_widths) != 1 or min(head_widths) < 1:
         raise InputError(f"{path}: found a UNet whose heads have different widths (attention_head_dim {shown(heads)}); "
                          f"{SUPPORTED}")
     return {**found, "unet_head_width": head_widths.pop()}

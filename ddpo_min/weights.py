@@ -17,7 +17,7 @@ from torch import nn
 from . import layout
 from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, count, open_folder, open_single_file
 from .files import InputError, NotFinite, atomic, shown
-from .hub import SCHEDULER, fetch
+from .hub import fetch
 from .text import END_OF_TEXT, TextConfig, TextEncoder, tokenize
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
@@ -126,7 +126,8 @@ def refuse_other_predictions(model, path):
         model = replace(model, unet=copy.deepcopy(model.unet).float(),
                         text_encoder=copy.deepcopy(model.text_encoder).float())
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
-    x_t = torch.randn(1, 4, model.latent_size, model.latent_size, generator=torch.Generator().manual_seed(0))
+    side = min(model.latent_size, max(64, 2 ** (len(model.unet.config.widths) - 1)))      # more tells no more
+    x_t = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
     out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]))
     if not torch.isfinite(out).all():
         raise NotFinite(f"{path}: its UNet's outputs for pure noise")
@@ -134,7 +135,7 @@ def refuse_other_predictions(model, path):
     if not correlation >= 0.5:      # also refuses nan, of an output that is the same everywhere
         raise InputError(f"{path}: its UNet's output for pure noise is not that noise (correlation {correlation:.2f}); "
                          'it seems to predict v; if not, say "prediction_type": "epsilon" in a diffusers folder\'s '
-                         f"{SCHEDULER}; {SUPPORTED}")
+                         f"scheduler_config.json; {SUPPORTED}")
 
 
 def is_small(path):

@@ -12,9 +12,10 @@ from diffusers import DDIMScheduler
 from open_clip import get_tokenizer
 from safetensors.torch import load_file, safe_open, save_file
 
-from conftest import ROOT, randomise, their_text, their_unet, their_vae
+from conftest import ROOT, noise_through, randomise, their_text, their_unet, their_vae
 from ddpo_min import layout
 from ddpo_min.files import InputError
+from ddpo_min.schedule import alphas_cumprod
 from ddpo_min.text import TextConfig, TextEncoder, tokenize
 from ddpo_min.unet import UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
@@ -229,20 +230,6 @@ def test_openclips_own_tower_gives_the_context_of_a_2x_file(tmp_path):
     assert (ours - kept[0]).abs().max() < 1e-9
 
 
-def noise_through(unet):
-    """Make a UNet's output about equal to its input, by a path from the first convolution to the last block."""
-    last, layers, at = f"up_blocks.{len(unet.config.widths) - 1}", unet.config.layers, torch.arange(4)
-    block = f"{last}.resnets.{layers}"
-    for name, p in unet.named_parameters():
-        if name.startswith(("conv_in", "conv_out", f"{block}.conv", f"{last}.attentions.{layers}.proj_out")):
-            p.zero_()
-    unet.conv_in.weight[at, at, 1, 1] = unet.conv_out.weight[at, at, 1, 1] = 1
-    unet.get_parameter(f"{block}.conv_shortcut.weight")[at, unet.config.widths[0] + at, 0, 0] = 1
-    unet.conv_norm_out.weight.fill_(0.1)
-    unet.conv_norm_out.bias.fill_(3)        # where SiLU is nearly linear
-    return unet
-
-
 def test_without_metadata_the_constants_of_a_2x_file_are_stable_diffusion_2s(tmp_path):
     """Names are those of a real file; heads have width 64, 16 in the text encoder, of which 23 layers are used."""
     unet, vae, text = networks(*NARROW_2)
@@ -291,8 +278,9 @@ def test_no_header_length_is_taken_for_a_pickle(single_file, tmp_path, start):
 def add_training_leftovers(state):
     """What full training checkpoints have besides the weights."""
     zeros = torch.zeros(1000)
+    state["alphas_cumprod"] = alphas_cumprod().float()
     state.update({name: zeros.clone() for name in (
-        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+        "betas", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
         "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar",
         "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")})
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(10)[None]
