@@ -136,7 +136,7 @@ def open_single_file(path):
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.2, atol=0):    # it can be rounded
             raise InputError(f"{path}: its alphas_cumprod are another noise schedule than Stable Diffusion's; "
                              f"{SUPPORTED}")
-    constants = _constants(path, metadata, _defaults(sources))
+    constants = _constants(path, metadata, str, _defaults(sources))
     return sources, {**constants, "prediction": _prediction(path, metadata.get(PREDICTION))}
 
 
@@ -241,7 +241,7 @@ def open_folder(path):
             if found not in (None, value):
                 raise InputError(f'{path}: {file} says "{key}": {shown(json.dumps(found))}; this project computes with '
                                  f"{json.dumps(value)}; {SUPPORTED}")
-    constants = _constants(path, _folder_constants(path, sources, unet, vae, text), _defaults(sources))
+    constants = _constants(path, _folder_constants(path, sources, unet, vae, text), int | float, _defaults(sources))
     return sources, {**constants, "prediction": _prediction(path, scheduler.get("prediction_type"))}
 
 
@@ -278,14 +278,14 @@ def _folder_constants(path, sources, unet, vae, text):
     return {**found, "unet_head_width": head_widths.pop()}
 
 
-def _constants(path, given, default):
-    """`default` with the numbers of a model's metadata or config.json files. Raises InputError if one is no number."""
+def _constants(path, given, types, default):
+    """`default` with the numbers that a model's metadata (as str) or config.json files give. Raises InputError."""
     constants = dict(default)
     for name in default.keys() & {key for key, value in given.items() if value is not None}:
         kind, lowest = type(default[name]), 0 if name in ("unet_head_width", "text_used", "text_openclip") else 1
         try:
-            number = float(given[name])
-        except (TypeError, ValueError, OverflowError):
+            number = float(given[name]) if isinstance(given[name], types) else -1
+        except (ValueError, OverflowError):
             number = -1
         if not (lowest <= number <= LARGEST and number == int(number) if kind is int else 0 < number <= LARGEST):
             raise InputError(f"{path}: its metadata or config.json files say {name} {shown(given[name])}; expected a "

@@ -336,7 +336,7 @@ def problem(path, right):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = results(path)
-        same = found.shape == right.shape and torch.allclose(found, right, atol=1e-4)     # other alignment rounds otherwise
+        same = found.shape == right.shape and torch.allclose(found, right, atol=1e-4)   # alignment changes rounding
         what = "same" if same else "loaded"
     except InputError as error:
         message = str(error).replace(str(path), "FILE")
