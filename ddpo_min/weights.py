@@ -126,7 +126,7 @@ def refuse_other_predictions(model, path):
         model = replace(model, unet=copy.deepcopy(model.unet).float(),
                         text_encoder=copy.deepcopy(model.text_encoder).float())
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
-    side = min(model.latent_size, max(64, 2 ** (len(model.unet.config.widths) - 1)))      # more tells no more
+    side = min(model.latent_size, max(32, 2 ** (len(model.unet.config.widths) - 1)))      # a larger one tells no more
     x_t = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
     out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]))
     if not torch.isfinite(out).all():
