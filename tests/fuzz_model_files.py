@@ -355,11 +355,11 @@ def problem(path, right):
 
 
 def fuzz(folder, count, seed=0):
-    """({(kind, outcome): how many}, [(number, kind, what is wrong)]) of `count` damaged models, written to `folder`."""
+    """Yield (number, kind of damage, outcome, None or what is wrong) of `count` damaged models, written to `folder`."""
     make_models(folder)
     models = [folder / "model.safetensors", folder / "folder"]
     right = [results(model) for model in models]
-    counts, problems, path = collections.Counter(), [], folder / "damaged"
+    path = folder / "damaged"
     for number in range(count):
         rng = random.Random(1_000_000 * seed + number)
         kind = (DAMAGE + FOLDER_DAMAGE)[number % len(DAMAGE + FOLDER_DAMAGE)]
@@ -369,25 +369,33 @@ def fuzz(folder, count, seed=0):
             shutil.copytree(models[1], path)
             kind(rng, path)
         wrong, what = problem(path, right[kind in FOLDER_DAMAGE])
-        counts[kind.__name__, what] += 1
         if what == "loaded" and kind not in MAY_DIFFER:
             wrong = "loaded, and computes something else"
-        if wrong:
-            problems.append((number, kind.__name__, wrong))
+        yield number, kind.__name__, what, wrong
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    return counts, problems
 
 
-if __name__ == "__main__":
+def main():
+    """The command; Ctrl-C ends it with what it has counted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000, help="of damaged models (5000)")
     parser.add_argument("--seed", type=int, default=0, help="of the damage (0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    counts, problems = collections.Counter(), 0
     with tempfile.TemporaryDirectory() as place:
-        counts, problems = fuzz(Path(place), args.count, args.seed)
+        try:
+            for number, kind, what, wrong in fuzz(Path(place), args.count, args.seed):
+                counts[kind, what] += 1
+                if wrong:
+                    problems += 1
+                    print(number, kind, wrong[:500], flush=True)
+        except KeyboardInterrupt:
+            pass
     for kind in sorted({kind for kind, _ in counts}):
         print(f"{kind:14}", *(f"{what} {counts[kind, what]:5}" for what in ("refused", "loaded", "same")), sep="  ")
-    print(f"{sum(counts.values())} damaged models, {len(problems)} problems")
-    for number, kind, wrong in problems:
-        print(number, kind, wrong[:500])
+    print(f"{sum(counts.values())} damaged models, {problems} problems")
+
+
+if __name__ == "__main__":
+    main()
