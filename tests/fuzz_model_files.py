@@ -197,7 +197,8 @@ def two_names(rng, state, name):
     if other == rest:
         for a, b in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             other = other.replace(a, b)
-    state[prefix + other] = state[name] + 1
+    if other != rest:       # some names are the same in both
+        state[prefix + other] = state[name] + 1
 
 
 @tensors
