@@ -24,6 +24,20 @@ def tiny_networks(seed=0):
     return unet, vae, text
 
 
+def noise_through(unet):
+    """Make a UNet's output about equal to its input, by a path from the first convolution to the last block."""
+    last, layers, at = f"up_blocks.{len(unet.config.widths) - 1}", unet.config.layers, torch.arange(4)
+    block = f"{last}.resnets.{layers}"
+    for name, p in unet.named_parameters():
+        if name.startswith(("conv_in", "conv_out", f"{block}.conv", f"{last}.attentions.{layers}.proj_out")):
+            p.zero_()
+    unet.conv_in.weight[at, at, 1, 1] = unet.conv_out.weight[at, at, 1, 1] = 1
+    unet.get_parameter(f"{block}.conv_shortcut.weight")[at, unet.config.widths[0] + at, 0, 0] = 1
+    unet.conv_norm_out.weight.fill_(0.1)
+    unet.conv_norm_out.bias.fill_(3)        # where SiLU is nearly linear
+    return unet
+
+
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory):
     """The tiny model as a single file in Stable Diffusion's layout."""
