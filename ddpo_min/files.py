@@ -48,6 +48,12 @@ def first_line(error):
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
+def shown(name, longest=70):
+    """A name from a file as a message can show it: without control characters, and without its middle if it is long."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return text if len(text) <= longest else f"{text[:longest // 2]}...{text[-longest // 2:]}"
+
+
 def is_out_of_memory(error):
     """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
     texts = ("out of memory", "can't allocate memory", "alloc_failed", "invalid buffer size",    # the last: on mps
