@@ -57,7 +57,8 @@ def diffusers_form(layers):
              for name, (A, B, _) in layers.items() for part, tensor in (("A", A), ("B", B))}
     config = {}
     for network in sorted({network_of(name) for name in layers}):
-        ranks, alphas = ranks_and_alphas({name: parts for name, parts in layers.items() if network_of(name) == network})
+        ranks, alphas = ranks_and_alphas({name.removeprefix("text_model."): parts      # which transformers 5 leaves out
+                                          for name, parts in layers.items() if network_of(name) == network})
         rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         own = dict(r=rank, lora_alpha=alpha, target_modules=list(ranks),
                    rank_pattern={name: value for name, value in ranks.items() if value != rank},

@@ -187,10 +187,11 @@ def merge_loras(files, weights, out):
     """
     model = load_stable_diffusion(weights, "cpu", None)
     for name, layer in load_loras(files, model.unet, model.text_encoder).items():
-        layer.merge()
-        if not layer.weight.float().isfinite().all():
+        dtype = layer.weight.dtype      # some dtypes saturate silently, so look at the sum before it is rounded
+        if not (layer.weight.float() + layer.delta()).abs().max() <= torch.finfo(dtype).max:
             raise InputError(f"{out}: not written, because {name} plus the LoRA has numbers that are too large for "
-                             f"{str(layer.weight.dtype).removeprefix('torch.')}; take a smaller strength (--scale)")
+                             f"{str(dtype).removeprefix('torch.')}; take a smaller strength (--scale)")
+        layer.merge()
         del layer.lora_A, layer.lora_B      # so that only the base model's names are left
     save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size, base=Path(weights).name,
                      lora=[f"{Path(path).name}={strength:g}" for path, strength in files])
