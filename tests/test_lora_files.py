@@ -140,7 +140,7 @@ def test_layers_of_the_text_encoder_that_diffusers_saved_are_loaded(tmp_path):
     for part, targets, rank, alpha in (("unet", ["to_q"], 2, 3), ("text_encoder", ["k_proj", "fc2"], 3, 1)):
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False,
                                  use_rslora=True)
-        state = peft.get_peft_model_state_dict(peft.get_peft_model(getattr(theirs, part), config))  # changes the network
+        state = peft.get_peft_model_state_dict(peft.get_peft_model(getattr(theirs, part), config))      # changes it
         given[f"{part}_lora_layers"] = {name.removeprefix("base_model.model."): t for name, t in state.items()}
         given[f"{part}_lora_adapter_metadata"] = config.to_dict()
     theirs.save_lora_weights(tmp_path, **given)
