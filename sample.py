@@ -29,8 +29,7 @@ from ddpo_min.text import cut_prompts
 from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion
 
 COLUMNS = 10    # pictures in a row of the grid, at most
-SEEDS = 2 ** 32     # torch's generator uses 32 bits of a seed
-RANGES = (("num", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 500), ("seed", -1, SEEDS - 1), ("eta", 0, 1))
+RANGES = (("num", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 500), ("seed", -1, 2 ** 32 - 1), ("eta", 0, 1))
 
 
 def parse(arguments):
@@ -161,7 +160,7 @@ def main(arguments=None):
         return
     lines = [args.prompt] if args.prompt else find_prompts(args.prompts)
     prompts = [line for line in lines for _ in range(args.num)]
-    seeds = [(args.seed + i) % SEEDS for i in range(len(prompts))]
+    seeds = [args.seed + i for i in range(len(prompts))]        # 0 comes after the last, as torch uses 32 bits
     device, out = pick_device(args.device, args.dtype), Path(args.out)
     dtype = args.dtype or (half_dtype() if device.type == "cuda" and not is_small(args.weights) else "float32")
     model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))

@@ -48,10 +48,10 @@ def first_line(error):
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def shown(name, longest=70):
-    """A name from a file as a message can show it: without control characters, and without its middle if it is long."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return text if len(text) <= longest else f"{text[:longest // 2]}...{text[-longest // 2:]}"
+def shown(value, length=80):
+    """A value from a file, for a message of one line: without unprintable characters, cut to `length`."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[:length + 1])
+    return text if len(text) <= length else text[:length - 3] + "..."
 
 
 def is_out_of_memory(error):

@@ -12,6 +12,7 @@ encoder have text_encoder. and lora_te_ instead of unet. and lora_unet_; their m
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -120,7 +121,7 @@ def split_name(name):
     if name.startswith("lora_"):                # kohya's layer names have no dots
         layer, _, part = name.partition(".")
         return layer, part
-    return re.fullmatch(rf"(.+?)(?:[._](lora[._].+|alpha|(?:{'|'.join(OTHER_KINDS)}).*))?", name, re.DOTALL).groups()
+    return re.fullmatch(rf"(.*?)(?:[._](lora[._].+|alpha|(?:{'|'.join(OTHER_KINDS)}).*))?", name, re.DOTALL).groups()
 
 
 def common_name(layer):
@@ -261,12 +262,18 @@ def export_lora(path, form, scale=1.0):
 
     scale: multiplies every alpha. The tensors do not change, to the last bit.
     """
-    with torch.device("meta"):      # all names that networks of up to four levels or 24 layers can have, no weights
-        networks = UNet(UNetConfig(attention=(True,) * 4)), TextEncoder(TextConfig(layers=24))
-    layers, metadata = read_lora(path, [name for network in networks for name in lora_modules(network)])
+    layers, metadata = read_lora(path, all_modules())
     target = Path(path).with_name(f"{Path(path).stem}-{form}.safetensors")
     write_lora(target, form, {name: (A, B, alpha * scale) for name, (A, B, alpha) in layers.items()}, metadata)
     return target
+
+
+@cache
+def all_modules():
+    """Names of the layers of a UNet of four levels and of a text encoder of 24 layers; needs no weights."""
+    with torch.device("meta"):
+        networks = UNet(UNetConfig(attention=(True,) * 4)), TextEncoder(TextConfig(layers=24))
+    return [name for network in networks for name in lora_modules(network)]
 
 
 def lora_modules(network):

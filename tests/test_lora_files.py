@@ -14,6 +14,7 @@ from ddpo_min.interchange import export_lora, kohya_name, lora_modules, names_in
 from ddpo_min.lora import load_lora, load_loras
 from ddpo_min.unet import UNet
 from ddpo_min.weights import load_stable_diffusion, save_single_file
+from fuzz_lora_files import DAMAGES, outcome
 
 TRANSFORMER = "mid_block.attentions.0.transformer_blocks.0."
 TEXT = "text_model.encoder.layers.0."
@@ -361,3 +362,14 @@ def test_an_export_drops_metadata_that_is_no_longer_true_and_keeps_the_rest(tmp_
         else:
             assert not any(name.startswith("ss_network_") for name in metadata)
             assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 1.0
+
+
+# ---- damaged files
+
+def test_damaged_files_are_read_right_or_refused_in_one_line(tmp_path, monkeypatch):
+    """A few of each kind; python tests/fuzz_lora_files.py makes thousands."""
+    monkeypatch.chdir(tmp_path)
+    results = [outcome(number) for number in range(6 * len(DAMAGES))]
+    assert {kind for kind, _ in results} == {damage.__name__ for damage in DAMAGES}
+    assert {result for kind, result in results if kind == "good"} == {"read"}
+    assert {result for kind, result in results if kind in ("length", "truncated", "longer", "empty")} == {"refused"}
