@@ -30,8 +30,8 @@ NUMBERS = (-1, 0, 1, 3, 7, 255, 2 ** 31, 2 ** 40, 2 ** 63, 2 ** 64, 1.5, -0.0, 1
 VALUES = (*NUMBERS, None, True, "", "a", "\x1b[31m", "é" * 3000, [], {}, [[]], {"a": 1}, [2, 32], ["F32"])
 NAMES = ("", ".", "lora_unet_", "lora_unet_conv_in", "lora_unet_conv_in.", "unet.conv_in.lora_A.weight", "alpha",
          "lora_unet_conv_in.lora_down.weight", "\n", "\x00\x1b[2J", "a\r\nb", "é" * 5000, "x" * 100_000,
-         "🦊.lora_A.weight", "text_encoder.", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "unet." * 2000 + "alpha",
-         "lora_unet_conv_in.dora_scale", "conv_in.hada_w1_a", "lora_unet_input_blocks_0_0.lora_up.weight")
+         "🦊.lora_A.weight", "text_encoder.", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+         "unet." * 2000 + "alpha", "lora_unet_conv_in.dora_scale", "conv_in.hada_w1_a", "lora_unet_input_blocks_0_0.lora_up.weight")
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I32", "I16", "I8",
           "U64", "U32", "U16", "U8", "BOOL", "C64", "f32", "", "F128", 3, None)
 
