@@ -185,6 +185,5 @@ def main(arguments=None):
     print(f"{out}/{first:04d}.png ... {out}/{first + len(images) - 1:04d}.png, all of them in {grid}")
 
 
-
 if __name__ == "__main__":
     run_main(main)

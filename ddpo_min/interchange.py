@@ -31,10 +31,11 @@ PARTS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora.down.weight": "A",
          "lora_B.weight": "B", "lora_up.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
          "alpha": "alpha"}
 
-# Parts of layers that are no plain LoRA, by the beginning of their names: what such a layer is
+# Parts of layers that are no plain LoRA, by what their names begin with: what such a layer is
 OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
                "lora_mid": "LoCon with a core tensor", "oft_": "OFT", "ia3_": "IA3", "on_input": "IA3",
-               "diff": "full difference"}
+               "diff$": "full difference", "diff_b$": "full difference"}
+DOTTED = re.compile(rf"(.*?)(?:[._](lora[._].+|alpha|(?<=\.)(?:{'|'.join(OTHER_KINDS)}).*))?", re.DOTALL)
 
 # Metadata that is only true of the tensors, names and alphas that it came with; what each form needs is made anew
 STALE = re.compile(r"sshs_|modelspec\.hash|ss_network_|lora_adapter_metadata")
@@ -121,7 +122,7 @@ def split_name(name):
     if name.startswith("lora_"):                # kohya's layer names have no dots
         layer, _, part = name.partition(".")
         return layer, part
-    return re.fullmatch(rf"(.*?)(?:[._](lora[._].+|alpha|(?:{'|'.join(OTHER_KINDS)}).*))?", name, re.DOTALL).groups()
+    return DOTTED.fullmatch(name).groups()
 
 
 def common_name(layer):
@@ -170,8 +171,10 @@ def peft_config(path, metadata, network):
     if Path(path).name == "adapter_model.safetensors" and config_file.is_file():
         text = config_file.read_text()
     config = {key.removeprefix(f"{network}."): value for key, value in json.loads(text).items()}
-    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
-                for pattern, alpha in (config.get("alpha_pattern") or {}).items()]
+    alphas = config.get("alpha_pattern") or {}
+    if any(re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+?{]", pattern)) > 3 for pattern in alphas):
+        raise ValueError("a pattern that can take for ever to match")
+    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha)) for pattern, alpha in alphas.items()]
     return patterns, float(config["lora_alpha"]) if "lora_alpha" in config else None, bool(config.get("use_rslora"))
 
 
@@ -246,7 +249,7 @@ def kind_of(layer, parts):
     """What a layer is that cannot be applied, in words; parts: the names of its parts."""
     if layer.startswith(("lora_te", "text_encoder", "base_model.model.text_model")):
         return "of the text encoder"
-    kinds = [kind for start, kind in OTHER_KINDS.items() for part in parts if (part or "").startswith(start)]
+    kinds = [kind for start, kind in OTHER_KINDS.items() for part in parts if re.match(start, part or "")]
     return f"of the kind {kinds[0]}" if kinds else "that fit no layer"
 
 
@@ -263,6 +266,8 @@ def export_lora(path, form, scale=1.0):
     scale: multiplies every alpha. The tensors do not change, to the last bit.
     """
     layers, metadata = read_lora(path, all_modules())
+    if any(abs(alpha * scale) > torch.finfo(torch.float32).max for _, _, alpha in layers.values()):
+        raise InputError(f"{path}: its alphas times {scale:g} are too large for float32; take a smaller strength")
     target = Path(path).with_name(f"{Path(path).stem}-{form}.safetensors")
     write_lora(target, form, {name: (A, B, alpha * scale) for name, (A, B, alpha) in layers.items()}, metadata)
     return target

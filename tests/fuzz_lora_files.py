@@ -31,7 +31,8 @@ VALUES = (*NUMBERS, None, True, "", "a", "\x1b[31m", "é" * 3000, [], {}, [[]], 
 NAMES = ("", ".", "lora_unet_", "lora_unet_conv_in", "lora_unet_conv_in.", "unet.conv_in.lora_A.weight", "alpha",
          "lora_unet_conv_in.lora_down.weight", "\n", "\x00\x1b[2J", "a\r\nb", "é" * 5000, "x" * 100_000,
          "🦊.lora_A.weight", "text_encoder.", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
-         "unet." * 2000 + "alpha", "lora_unet_conv_in.dora_scale", "conv_in.hada_w1_a", "lora_unet_input_blocks_0_0.lora_up.weight")
+         "unet." * 2000 + "alpha", "lora_unet_conv_in.dora_scale", "conv_in.hada_w1_a",
+         "lora_unet_input_blocks_0_0.lora_up.weight")
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I64", "I32", "I16", "I8",
           "U64", "U32", "U16", "U8", "BOOL", "C64", "f32", "", "F128", 3, None)
 
@@ -181,7 +182,7 @@ def not_finite(rng, header, data):
 def metadata(rng, header, data):
     config = json.loads(header["__metadata__"].get("lora_adapter_metadata", '{"unet.alpha_pattern": {}}'))
     key = rng.choice([*config, "unet.lora_alpha", "unet.use_rslora", "lora_alpha", "text_encoder.lora_alpha"])
-    patterns = {rng.choice(["(", "*", "to_q", "", "[", "é", "conv_in"]): rng.choice(VALUES)}
+    patterns = {rng.choice(["(", "*", "to_q", "", "[", "é", "conv_in", "(.*)*x", ".*" * 20 + "x"]): rng.choice(VALUES)}
     value = rng.choice([rng.choice(VALUES), patterns])
     text = rng.choice([json.dumps({**config, key: value}), json.dumps(value), "{", "", "[" * 5000, "\x00", "NaN",
                        '{"unet.lora_alpha": 1' + "0" * 5000 + "}"])

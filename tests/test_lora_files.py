@@ -249,6 +249,25 @@ def test_layers_of_another_kind_are_called_what_they_are(name, kind, tmp_path):
         load_loras([(tmp_path / "a.safetensors", 1.0)], *networks())
 
 
+def test_a_whole_model_is_no_lora_of_any_kind(model_file):
+    with pytest.raises(InputError, match=r"but 352 that fit no layer [(]cond_stage_model\.\S+, \S+, ...[)]"):
+        load_loras([(model_file, 1.0)], *networks())
+
+
+def test_patterns_that_would_take_for_ever_are_refused_and_others_are_read(tmp_path):
+    state = {f"unet.{TRANSFORMER}attn1.to_q.lora_{part}.weight": torch.ones(shape) for part, shape in
+             (("A", (2, 32)), ("B", (32, 2)))}
+    for pattern in (r"(.*)*x", r".*.*.*.*.*x", r"mid_block\..*to_q", r"^mid_block.+attn\d+.*to_q"):
+        metadata = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 6}})}
+        save_file(state, tmp_path / "a.safetensors", metadata=metadata)
+        if pattern.endswith("x"):
+            with pytest.raises(InputError, match="metadata cannot be understood"):
+                load_lora(tmp_path / "a.safetensors", networks()[0])
+        else:
+            layer, = load_lora(tmp_path / "a.safetensors", networks()[0]).values()
+            assert layer.alpha == 6
+
+
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     write(tmp_path / "a.safetensors", ATTENTION)
     state = load_file(tmp_path / "a.safetensors")
@@ -362,6 +381,14 @@ def test_an_export_drops_metadata_that_is_no_longer_true_and_keeps_the_rest(tmp_
         else:
             assert not any(name.startswith("ss_network_") for name in metadata)
             assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 1.0
+
+
+def test_an_export_whose_alphas_overflow_is_refused(tmp_path):
+    write(tmp_path / "a.safetensors", ATTENTION)
+    for strength in ("1e39", "1e308"):
+        with pytest.raises(InputError, match="a.safetensors: its alphas times 1e[+]3.* are too large"):
+            sample.main(["--lora", f"{tmp_path}/a.safetensors={strength}", "--export-lora", "kohya"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # ---- damaged files
