@@ -247,17 +247,18 @@ def read_layer(path, file, layer, parts):
 
 def kind_of(layer, parts):
     """What a layer is that cannot be applied, in words; parts: the names of its parts."""
-    if layer.startswith(("lora_te", "text_encoder", "base_model.model.text_model")):
-        return "of the text encoder"
-    kinds = [kind for start, kind in OTHER_KINDS.items() for part in parts if re.match(start, part or "")]
-    return f"of the kind {kinds[0]}" if kinds else "that fit no layer"
+    for start, kind in OTHER_KINDS.items():
+        if any(re.match(start, part or "") for part in parts):
+            return f"of the kind {kind}"
+    text = layer.startswith(("lora_te", "text_encoder", "base_model.model.text_model"))
+    return "of the text encoder" if text else "that fit no layer"
 
 
 def summary(left_out):
     """The layers that were left out, {kind: [layer]}: of each kind the number and the first names."""
-    shorter = 2 if len(left_out) <= 2 else 1
-    return " and ".join(f"{len(names)} {kind} ({', '.join(shown(name) for name in names[:shorter])}"
-                        f"{', ...' * (len(names) > shorter)})" for kind, names in left_out.items()) or "nothing at all"
+    most = 2 if len(left_out) <= 2 else 1
+    return " and ".join(f"{len(names)} {kind} ({', '.join(shown(name) for name in names[:most])}"
+                        f"{', ...' * (len(names) > most)})" for kind, names in left_out.items()) or "nothing at all"
 
 
 def export_lora(path, form, scale=1.0):

@@ -58,8 +58,8 @@ def cut_prompts(prompts, positions=77):
     if max(lost.values(), default=0) <= 0:
         return ""
     longest, others = max(lost, key=lost.get), sum(n > 0 for n in lost.values()) - 1
-    return (f'warning: the last {lost[longest]} tokens of the prompt "{shown(longest)}" are cut off, the model reads '
-            f"{room}" + f"; {others} other prompts are cut, too" * (others > 0))
+    return (f'warning: the prompt "{shown(longest)}" loses its last {lost[longest]} token{"s" * (lost[longest] > 1)}, '
+            f"because the model reads {room}" + f" (also cut: {others} more)" * (others > 0))
 
 
 class Embeddings(nn.Module):

@@ -242,7 +242,7 @@ def test_an_export_understands_the_originals_block_names_of_stable_diffusion(tmp
     ("lora_unet_conv_in.dora_scale", "DoRA"), ("unet.conv_in.lora_magnitude_vector.weight", "DoRA"),
     ("base_model.model.conv_in.lora_magnitude_vector", "DoRA"), ("base_model.model.conv_in.hada_w1_b", "LoHa"),
     ("lora_unet_conv_in.lora_mid.weight", "LoCon with a core"), ("unet.conv_in.oft_R.weight", "OFT"),
-    ("lora_unet_conv_in.on_input", "IA3")])
+    ("lora_unet_conv_in.on_input", "IA3"), ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w2_b", "LoHa")])
 def test_layers_of_another_kind_are_called_what_they_are(name, kind, tmp_path):
     save_file({name: torch.ones(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=f"a.safetensors: found no LoRA for this UNet, but 1 of the kind {kind}"):

@@ -161,8 +161,8 @@ def test_a_prompt_that_is_cut_is_named_once_with_the_tokens_that_it_loses(draw, 
     sample.main(["--prompts", "prompts.txt", "--num", "2", "--steps", "1", "--size", "16", "--device", "cpu",
                  "--negative-prompt", "fox " * 76])
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(lines) == 1 and "last 8 tokens" in lines[0] and f'prompt "{LONG[:77]}..."' in lines[0]
-    assert lines[0].endswith("the model reads 75; 2 other prompts are cut, too")
+    assert len(lines) == 1 and "its last 8 tokens" in lines[0] and f'prompt "{LONG[:77]}..."' in lines[0]
+    assert lines[0].endswith("because the model reads 75 (also cut: 2 more)")
 
 
 def test_training_names_prompts_that_are_cut_when_it_starts(tmp_path):
@@ -170,8 +170,8 @@ def test_training_names_prompts_that_are_cut_when_it_starts(tmp_path):
     (tmp_path / "other.txt").write_text("fox " * 79)
     assert "warning" not in describe(make_settings())
     assert describe(make_settings(prompts=tmp_path / "long.txt")).splitlines()[-1].startswith(
-        "  warning: the last 5 tokens of the prompt")
-    assert "the last 4 tokens" in describe(make_settings(eval_prompts=tmp_path / "other.txt")).splitlines()[-1]
+        '  warning: the prompt "a fox a fox')
+    assert "its last 4 tokens" in describe(make_settings(eval_prompts=tmp_path / "other.txt")).splitlines()[-1]
 
 
 @pytest.mark.parametrize("text, lost", [
@@ -181,7 +181,7 @@ def test_the_tokens_that_are_lost_are_those_that_tokenize_leaves_out(text, lost)
     whole = tokenize([text], positions=500)[0].tolist().index(49407) - 1
     assert lost in (None, max(whole - 75, 0))
     line = cut_prompts([text])
-    assert bool(line) == (whole > 75) and (not line or f"last {whole - 75} tokens" in line)
+    assert bool(line) == (whole > 75) and (not line or f"loses its last {whole - 75} token" in line)
 
 
 # ---- steps and sizes
