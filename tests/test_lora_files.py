@@ -268,6 +268,24 @@ def test_patterns_that_would_take_for_ever_are_refused_and_others_are_read(tmp_p
             assert layer.alpha == 6
 
 
+def test_an_alpha_of_peft_that_is_not_finite_is_refused(tmp_path):
+    write(tmp_path / "a.safetensors", ATTENTION, "diffusers")
+    for text in ('{"unet.lora_alpha": Infinity}', '{"unet.alpha_pattern": {"to_q": NaN}}'):
+        save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors",
+                  metadata={"lora_adapter_metadata": text})
+        with pytest.raises(InputError, match=r"b.safetensors: mid_block\S+ has alpha (inf|nan); the file is damaged"):
+            load_lora(tmp_path / "b.safetensors", networks()[0])
+
+
+@pytest.mark.parametrize("name", ["", "\n", ".", "alpha", "lora_", "x" * 5000])
+def test_strange_names_are_left_out_in_one_line(name, tmp_path, capsys):
+    write(tmp_path / "a.safetensors", ATTENTION)
+    save_file({**load_file(tmp_path / "a.safetensors"), name: torch.ones(1)}, tmp_path / "a.safetensors")
+    assert load_lora(tmp_path / "a.safetensors", networks()[0]).keys() == ATTENTION.keys()
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert line.isprintable() and "8 LoRA layers apply; left out: 1 that fit no layer" in line and len(line) < 400
+
+
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     write(tmp_path / "a.safetensors", ATTENTION)
     state = load_file(tmp_path / "a.safetensors")
