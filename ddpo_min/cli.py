@@ -19,6 +19,7 @@ from .folder import instead_of_resuming, sha256
 from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
+from .text import cut_prompts
 from .weights import is_small
 
 DESCRIPTION = """Train a text-to-image diffusion model on a reward, by DDPO.
@@ -362,7 +363,8 @@ def command(s):
 
 
 def describe(s):
-    """The settings as printed at the start: one a line, differences from the preset marked, then derived sizes."""
+    """The settings as printed at the start: one a line, differences from the preset marked, then derived sizes and a
+    warning about prompts that are too long."""
     base = _base(s)
     lines = []
     for name, value in vars(s).items():
@@ -374,4 +376,6 @@ def describe(s):
     lines.append(f"  an epoch: {s.samples} samples x {s.steps} denoising steps; {updates} optimizer "
                  f"step{'s' * (updates > 1)} on minibatches of {minibatch}, in micro-batches of {size}; "
                  f"{passes} network pass{'es' * (passes > 1)} a step")
-    return "\n".join(lines)
+    trained = find_prompts(s.prompts)
+    warning = cut_prompts([*trained, *evaluation_prompts(s.eval_prompts, trained)])
+    return "\n".join(lines + [f"  {warning}"] * bool(warning))

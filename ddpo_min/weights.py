@@ -44,10 +44,9 @@ class StableDiffusion:
     def latent_shape(self, width, height):
         """(h, w) of the latent of a picture of width x height pixels. Raises InputError if they do not fit."""
         factor = 2 ** (len(self.vae.config.widths) - 1)
-        multiple = factor * 2 ** (len(self.unet.config.widths) - 1)
-        if width % multiple or height % multiple:
-            raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {multiple}, "
-                             "because this model's networks halve the side several times")
+        if width % factor or height % factor:
+            raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {factor}, "
+                             "because a pixel of this model's latents is that many pixels of the picture")
         return height // factor, width // factor
 
     @torch.no_grad()
