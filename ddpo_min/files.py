@@ -111,12 +111,6 @@ def shown(value, length=80):
     return text if len(text) <= length else text[:length - 3] + "..."
 
 
-def shown(value, length=80):
-    """A value from a file, for a message of one line: without unprintable characters, cut to `length`."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[:length + 1])
-    return text if len(text) <= length else text[:length - 3] + "..."
-
-
 def is_out_of_memory(error):
     """Whether an error of torch's says that memory ran out: the GPU's, or the computer's."""
     texts = ("out of memory", "can't allocate memory", "alloc_failed", "invalid buffer size",    # the last: on mps
