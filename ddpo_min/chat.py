@@ -313,7 +313,7 @@ class ChatModel:
 
     def quote(self, text):
         """Text from outside for a message: its first line, printable, without the key, at most LONGEST_QUOTE long."""
-        line = "".join(c for c in first_line(text) if c.isprintable())
+        line = first_line(text)
         if self.api_key:
             for key in (self.api_key, json.dumps(self.api_key)[1:-1], urllib.parse.quote(self.api_key, safe="")):
                 line = line.replace(key, "***")

@@ -7,52 +7,103 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from . import layout
-from .files import InputError
-from .hub import PARTS
+from .files import InputError, shown
+from .hub import ENDINGS, PARTS, SCHEDULER, read_json, shards
+from .schedule import alphas_cumprod
 
 # Constants that tensor shapes do not show, of Stable Diffusion 1.x. A single file's metadata overrides them under the
 # same names (the shipped model's does), a diffusers folder's config.json files under diffusers' names. 0: see
 # UNetConfig and TextConfig.
 CONSTANTS_1 = dict(unet_heads=8, unet_head_width=0, unet_groups=32, vae_groups=32, latent_scale=0.18215, text_heads=12,
-                   text_used=0, image_size=512)
+                   text_used=0, text_openclip=0, image_size=512)
 # The same of 2.x, which is recognised by its linear proj_in layers; it uses 23 of OpenCLIP's 24 layers
-CONSTANTS_2 = {**CONSTANTS_1, "unet_head_width": 64, "text_heads": 16, "text_used": 23}
+CONSTANTS_2 = {**CONSTANTS_1, "unet_head_width": 64, "text_heads": 16, "text_used": 23, "text_openclip": 1}
 
 PREDICTION = "modelspec.prediction_type"       # in a single file's metadata: what its UNet predicts
+
+# What a diffusers folder's JSON files may say where it changes the mathematics: these values, null, or nothing. All
+# else in them is shown by the tensors, is read, or concerns other samplers than ddim.py.
+EXPECTED = {
+    SCHEDULER: dict(     # schedule.py has one schedule
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, trained_betas=None,
+        rescale_betas_zero_snr=False, use_flow_sigmas=False, shift=None, sigma_data=None, snr_shift_scale=None),
+    "unet/config.json": dict(
+        act_fn="silu", flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, downsample_padding=1,
+        mid_block_scale_factor=1, center_input_sample=False, time_embedding_type="positional",
+        resnet_time_scale_shift="default", resnet_out_scale_factor=1, resnet_skip_time_act=False,
+        only_cross_attention=False, dual_cross_attention=False, attention_type="default", num_attention_heads=None,
+        time_embedding_act_fn=None, timestep_post_act=None, class_embed_type=None, addition_embed_type=None),
+    "vae/config.json": dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None),
+    "text_encoder/config.json": dict(layer_norm_eps=1e-5),
+}
 
 SUPPORTED = ("supported: Stable Diffusion 1.x and 2.x models that predict noise, as one .safetensors file in the "
              "original layout, a diffusers folder, or the Hugging Face Hub's OWNER/REPO or OWNER/REPO:FILE.safetensors")
 
+PICKLED = "a pickled checkpoint, which can run code when opened; convert it to .safetensors first and pass that"
+
+# What files begin with that are often passed by mistake
+FOREIGN = {b"PK": PICKLED, b"\x80": PICKLED,
+           b"GGUF": "a GGUF file, whose weights are quantised; pass the model's .safetensors file",
+           b"version ": "a Git LFS pointer, which stands for a file that was not downloaded; run `git lfs pull`, or "
+                        "download the file itself"}
+
+LARGEST = 2048      # of the constants: pixels a side, heads, groups
+
+FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")     # dtypes of weights
+
 # Tensors of a single file that belong to no network here: moving averages, buffers of the noise schedule, position ids,
 # and CLIP's projection and logit scale.
 SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one_minus|logvar|posterior_|sqrt_)"
-                     r"|cond_stage_model\.(model\.)?(logit_scale|text_projection|attn_mask)|embedding_manager\.")
+                     r"|cond_stage_model\.((model|transformer)\.)?(logit_scale|text_projection|attn_mask)|embedding_manager\.")
 
 
 def open_safetensors(path):
     """Open a safetensors file lazily. Raises InputError if it is missing, incomplete or of another format."""
-    path = Path(path)
+    path, head = Path(path), b""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        head = file.read(9)     # a safetensors file begins with its header's length in 8 bytes, then "{"
-    pickled = head[:2] == b"PK" or head[:1] == b"\x80"
-    if pickled and head[8:] != b"{" or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise InputError(f"{path}: a pickled checkpoint, which can run code when opened; "
-                         "convert it to .safetensors first and pass that")
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from error
+        with open(path, "rb") as file:
+            head = file.read(8)     # of a safetensors file: the length of its header, which is JSON
+            opened = safe_open(path, framework="pt")
+            json.loads(file.read(int.from_bytes(head, "little")), object_pairs_hook=_names_once)
+        return opened
+    except (SafetensorError, OSError, ValueError) as error:
+        pickled = PICKLED if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else None
+        what = next((what for start, what in FOREIGN.items() if head.startswith(start)), pickled)
+        raise InputError(f"{path}: " + (what or f"not a complete safetensors file ({shown(error)}); download it again"))
 
 
-def _lazy(file, names):
-    """{new name: (shape, load)} for {new name: name in the file}."""
-    return {new: (tuple(file.get_slice(old).get_shape()), lambda old=old: file.get_tensor(old))
-            for new, old in names.items()}
+def _names_once(pairs):
+    """An object of a JSON header as a dict. Raises ValueError if it has a name twice: a file has one tensor a name."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)} is there twice")
+    return dict(pairs)
+
+
+def _lazy(path, names):
+    """{new name: (shape, load)} of [(new name, the tensor's name in the file, the open file)].
+
+    Raises InputError if two names are one tensor's, and if a tensor is empty or does not hold fractions.
+    """
+    tensors, old_names = {}, {}
+    for new, old, file in names:
+        piece = file.get_slice(old)
+        shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+        if new in tensors:
+            raise InputError(f"{path}: {shown(old_names[new])} and {shown(old)} are two names for the same weights, "
+                             f"{shown(new)}; remove one of them")
+        if 0 in shape or dtype not in FRACTIONS:
+            raise InputError(f"{path}: tensor {shown(old)} has shape {shown(shape)} and dtype {dtype}; expected "
+                             f"no empty tensor, and one of {', '.join(FRACTIONS)}")
+        tensors[new], old_names[new] = (shape, lambda file=file, old=old: file.get_tensor(old)), old
+    return tensors
 
 
 def open_single_file(path):
@@ -61,34 +112,39 @@ def open_single_file(path):
     found, metadata = list(file.keys()), file.metadata() or {}
     _refuse_other_models(path, file, found)
     unet_pairs, vae_pairs, text_pairs = _prefixes(found)
-    names, unexpected = dict(unet={}, vae={}, text={}), []
+    names, unexpected = dict(unet=[], vae=[], text=[]), []
     for name in found:
         if SKIPPED.match(name):
             continue
         elif name.startswith(layout.UNET):
-            names["unet"][layout.rename(name[len(layout.UNET):], unet_pairs)] = name
+            names["unet"].append((layout.rename(name[len(layout.UNET):], unet_pairs), name, file))
         elif name.startswith(layout.VAE):
-            names["vae"][layout.rename(name[len(layout.VAE):], vae_pairs)] = name
+            names["vae"].append((layout.rename(name[len(layout.VAE):], vae_pairs), name, file))
         elif name.startswith(layout.TEXT):
-            names["text"][_text_name(name[len(layout.TEXT):])] = name
+            names["text"].append((_text_name(name[len(layout.TEXT):]), name, file))
         elif name.startswith(layout.OPENCLIP):
-            names["text"][layout.rename(name[len(layout.OPENCLIP):], text_pairs)] = name
+            names["text"].append((layout.rename(name[len(layout.OPENCLIP):], text_pairs), name, file))
         else:
             unexpected.append(name)
     if unexpected:
-        raise InputError(f"{path}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]}; {SUPPORTED}")
-    sources = {part: _lazy(file, renamed) for part, renamed in names.items()}
-    sources["text"] = _split_in_proj(file, names["text"], sources["text"])
-    constants = {key: type(value)(metadata.get(key, value)) for key, value in _defaults(sources).items()}
-    constants.update(openclip=any(name.startswith(layout.OPENCLIP) for name in found),
-                     prediction=_prediction(path, metadata.get(PREDICTION)))
-    return sources, constants
+        raise InputError(f"{path}: {len(unexpected)} unexpected tensors, the first is {shown(unexpected[0])}; "
+                         f"{SUPPORTED}")
+    sources = {part: _lazy(path, renamed) for part, renamed in names.items()}
+    sources["text"] = _split_in_proj(path, names["text"], sources["text"])
+    if "alphas_cumprod" in found:       # checkpoints of a training have their schedule
+        theirs, ours = file.get_tensor("alphas_cumprod").double(), alphas_cumprod()
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.2, atol=0):    # it can be rounded
+            raise InputError(f"{path}: its alphas_cumprod are another noise schedule than Stable Diffusion's; "
+                             f"{SUPPORTED}")
+    constants = _constants(path, metadata, str, _defaults(sources))
+    return sources, {**constants, "prediction": _prediction(path, metadata.get(PREDICTION))}
 
 
 def _prefixes(found):
     """Original -> diffusers prefixes of the UNet, the VAE and OpenCLIP, with the structure that the names show."""
-    unet = [name[len(layout.UNET):] for name in found if name.startswith(layout.UNET)]
-    downs = sorted(int(name.split(".")[1]) for name in unet if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name))
+    unet = {name[len(layout.UNET):] for name in found if name.startswith(layout.UNET)}
+    downs = [re.fullmatch(r"input_blocks\.(\d{1,3})\.0\.op\.weight", name) for name in unet]
+    downs = sorted(int(match[1]) for match in downs if match)
     layers = downs[0] - 1 if downs else 1
     attention = [f"input_blocks.{i * (layers + 1) + 1}.1.norm.weight" in unet for i in range(len(downs) + 1)]
     vae = [name[len(layout.VAE):] for name in found if name.startswith(layout.VAE)]
@@ -99,15 +155,20 @@ def _prefixes(found):
             layout.openclip_prefixes(text_layers))
 
 
-def _split_in_proj(file, names, tensors):
-    """`tensors` with q, k and v instead of OpenCLIP's in_proj, which stacks their rows; names, tensors: see _lazy()."""
+def _split_in_proj(path, names, tensors):
+    """`tensors` with q, k and v instead of OpenCLIP's in_proj, which stacks their rows; names: see _lazy()."""
     split = dict(tensors)
-    for name in [name for name, (shape, _) in tensors.items() if ".in_proj_" in name and shape]:
+    for name, old, file in names:
+        if ".in_proj_" not in name or not tensors[name][0]:
+            continue
         (rows, *columns), _ = split.pop(name)
         ends = [0, rows // 3, 2 * (rows // 3), rows]
         for part, start, stop in zip("qkv", ends[:-1], ends[1:], strict=True):
-            split[name.replace("in_proj_", f"{part}_proj.")] = (
-                (stop - start, *columns), lambda old=names[name], rows=slice(start, stop): file.get_slice(old)[rows])
+            new = name.replace("in_proj_", f"{part}_proj.")
+            if new in split:
+                raise InputError(f"{path}: {shown(old)} and another tensor both hold {shown(new)}; remove one of them")
+            split[new] = ((stop - start, *columns),
+                          lambda file=file, old=old, rows=slice(start, stop): file.get_slice(old)[rows])
     return split
 
 
@@ -120,7 +181,8 @@ def _defaults(sources):
 def _prediction(path, prediction):
     """The prediction type in a model's metadata, "" if there is none. Raises InputError if it is not the noise."""
     if prediction not in (None, "", "epsilon"):
-        raise InputError(f"{path}: found a model that predicts {prediction}, not epsilon (the noise); {SUPPORTED}")
+        raise InputError(f"{path}: found a model that predicts {shown(prediction)}, not epsilon (the noise); "
+                         f"{SUPPORTED}")
     return prediction or ""
 
 
@@ -135,14 +197,15 @@ def _refuse_other_models(path, file, found):
     elif has("down_blocks.", "encoder.", "text_model."):
         what = "one network of a diffusers folder; pass the folder that holds unet/, vae/ and text_encoder/"
     elif not has(layout.UNET):
-        what = f"no Stable Diffusion checkpoint (its first tensor is {found[0] if found else 'missing'})"
+        what = f"no Stable Diffusion checkpoint (its first tensor is {shown(found[0]) if found else 'missing'})"
     elif not (has(layout.VAE) and has(layout.TEXT, layout.OPENCLIP)):
         what = "a checkpoint without its autoencoder or text encoder"
     elif has(layout.TEXT) and has(layout.OPENCLIP):
         what = "a checkpoint with two text encoders"
     else:
         first = layout.UNET + "input_blocks.0.0.weight"
-        channels = file.get_slice(first).get_shape()[1] if first in found else 4       # a missing one is refused later
+        shape = file.get_slice(first).get_shape() if first in found else ()
+        channels = shape[1] if len(shape) > 1 else 4       # a missing one is refused later
         if channels == 4:
             return
         what = f"a UNet with {channels} input channels" + (", an inpainting model" if channels == 9 else "")
@@ -153,56 +216,83 @@ def open_folder(path):
     """As open_single_file(), of a diffusers folder; the constants are in its config.json files. Raises InputError."""
     if not (path / "unet").is_dir():
         raise InputError(f"{path}: a folder without unet/; {SUPPORTED}")
-    sources, configs = {}, dict(scheduler=_config(path / "scheduler" / "scheduler_config.json"))
+    sources = {}
     for part, folder, stem in PARTS:
-        candidates = [path / folder / f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
-        file = next((c for c in candidates if c.is_file()), None)
-        if file is None:
+        candidates = [path / folder / f"{stem}{ending}" for ending in ENDINGS]
+        first = next((c for c in candidates if c.is_file()), None)
+        if first is None:
             others = sorted(p.name for p in (path / folder).glob("*")) if (path / folder).is_dir() else []
             raise InputError(f"{path}: {folder}/{stem}.safetensors (or .fp16.safetensors) is missing; "
-                             f"found {', '.join(others) or 'nothing'}; {SUPPORTED}")
-        opened = open_safetensors(file)
+                             f"found {shown(', '.join(others)) or 'nothing'}; {SUPPORTED}")
         clean = {"unet": str, "vae": _vae_name, "text": _text_name}[part]
-        sources[part] = _lazy(opened, {clean(n): n for n in opened.keys() if not n.endswith("position_ids")})
-        configs[part] = _config(path / folder / "config.json")
+        opened = [open_safetensors(file) for file in shards(first)]
+        sources[part] = _lazy(path / folder, [(clean(name), name, file) for file in opened for name in file.keys()
+                                              if not name.endswith("position_ids")])
     shape = sources["unet"].get("conv_in.weight", ((0, 4),))[0]     # a missing one is refused later
-    if shape[1] != 4:
+    if len(shape) > 1 and shape[1] != 4:
         raise InputError(f"{path}: found a UNet with {shape[1]} input channels; {SUPPORTED}")
-    unet, vae, text, default = configs["unet"], configs["vae"], configs["text"], _defaults(sources)
+    configs = {file: read_json(path / file) for file in EXPECTED}
+    scheduler, unet, vae, text = configs.values()
     if unet.get("addition_embed_type"):
         raise InputError(f"{path}: found a Stable Diffusion XL UNet; {SUPPORTED}")
-    levels = len(vae.get("block_out_channels", [1] * 4))
-    constants = dict(
-        _heads(path, unet, default), unet_groups=unet.get("norm_num_groups", default["unet_groups"]),
-        vae_groups=vae.get("norm_num_groups", default["vae_groups"]),
-        latent_scale=vae.get("scaling_factor", default["latent_scale"]),
-        text_heads=text.get("num_attention_heads", default["text_heads"]), text_used=0,
-        openclip=text.get("hidden_act", "gelu" if default is CONSTANTS_2 else "quick_gelu") == "gelu",
-        prediction=_prediction(path, configs["scheduler"].get("prediction_type")),
-        image_size=int(unet.get("sample_size", 64) * 2 ** (levels - 1)))
-    return sources, constants
+    for file, expected in EXPECTED.items():
+        for key, value in expected.items():
+            found = configs[file].get(key)
+            if found not in (None, value):
+                raise InputError(f'{path}: {file} says "{key}": {shown(json.dumps(found))}; this project computes with '
+                                 f"{json.dumps(value)}; {SUPPORTED}")
+    constants = _constants(path, _folder_constants(path, sources, unet, vae, text), int | float, _defaults(sources))
+    return sources, {**constants, "prediction": _prediction(path, scheduler.get("prediction_type"))}
 
 
-def _config(path):
-    """The content of a JSON file; {} if there is no file."""
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); download it again") from error
-
-
-def _heads(path, config, default):
-    """`default` with the UNet's heads: diffusers' attention_head_dim is their number, in 2.x a list, one per level."""
-    heads = config.get("attention_head_dim")
-    if heads is None or isinstance(heads, int):
-        return {**default, "unet_heads": heads, "unet_head_width": 0} if heads else default
-    channels = config.get("block_out_channels", (320, 640, 1280, 1280))
-    widths = {divmod(width, n) for width, n in zip(channels, heads, strict=True)}
-    head_width, rest = max(widths)
-    if len(widths) > 1 or rest:
-        raise InputError(f"{path}: found a UNet whose heads have different widths (attention_head_dim {heads}); "
+def _folder_constants(path, sources, unet, vae, text):
+    """What the config.json files of a diffusers folder say of the constants, under our names; None: nothing."""
+    found = dict(unet_groups=unet.get("norm_num_groups"), vae_groups=vae.get("norm_num_groups"),
+                 latent_scale=vae.get("scaling_factor"), text_heads=text.get("num_attention_heads"))
+    layers = count(sources["text"], "text_model.encoder.layers.%d.mlp.fc1.weight")
+    used = text.get("num_hidden_layers", layers)
+    found["text_used"] = 0 if used == layers else used
+    if text.get("hidden_act") is not None:
+        acts = ["quick_gelu", "gelu"]       # OpenAI's, OpenCLIP's
+        if text["hidden_act"] not in acts:
+            raise InputError(f"{path}: its text encoder has hidden_act {shown(text['hidden_act'])}; expected "
+                             f"{' or '.join(acts)}; {SUPPORTED}")
+        found["text_openclip"] = acts.index(text["hidden_act"])
+    size = unet.get("sample_size")      # of latents; diffusers writes null or [height, width], too
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if size is not None:
+        levels = count(sources["vae"], "encoder.down_blocks.%d.resnets.0.conv1.weight")
+        found["image_size"] = size * 2 ** max(levels - 1, 0) if isinstance(size, int | float) else size
+    heads = unet.get("attention_head_dim")      # their number; in 2.x a list of it, one for each level
+    if not isinstance(heads, list):
+        return {**found, **({"unet_heads": heads, "unet_head_width": 0} if heads is not None else {})}
+    shapes = sources["unet"]
+    levels = count(shapes, "down_blocks.%d.resnets.0.conv1.weight")
+    widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0][:1] for i in range(levels)]
+    fits = len(heads) == levels and all(isinstance(n, int) and n > 0 for n in heads)
+    head_widths = {width[0] / n for width, n in zip(widths, heads) if width} if fits else ()
+    if len(head_widths) != 1 or min(head_widths) < 1:
+        raise InputError(f"{path}: found a UNet whose heads have different widths (attention_head_dim {shown(heads)}); "
                          f"{SUPPORTED}")
-    return {**default, "unet_head_width": head_width}
+    return {**found, "unet_head_width": head_widths.pop()}
+
+
+def _constants(path, given, types, default):
+    """`default` with the numbers that a model's metadata (as str) or config.json files give. Raises InputError."""
+    constants = dict(default)
+    for name in default.keys() & {key for key, value in given.items() if value is not None}:
+        kind, lowest = type(default[name]), 0 if name in ("unet_head_width", "text_used", "text_openclip") else 1
+        try:
+            number = float(given[name]) if isinstance(given[name], types) else -1
+        except (ValueError, OverflowError):
+            number = -1
+        if not (lowest <= number <= LARGEST and number == int(number) if kind is int else 0 < number <= LARGEST):
+            raise InputError(f"{path}: its metadata or config.json files say {name} {shown(given[name])}; expected a "
+                             f"{'whole ' * (kind is int)}number from {lowest if kind is int else 0} to {LARGEST}; "
+                             f"{SUPPORTED}")
+        constants[name] = kind(number)
+    return constants
 
 
 def _text_name(name):

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from . import __version__
 from .files import InputError
+from .folder import instead_of_resuming, sha256
 from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
+from .text import cut_prompts
 from .weights import is_small
 
 DESCRIPTION = """Train a text-to-image diffusion model on a reward, by DDPO.
@@ -32,7 +34,9 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile"}      # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "vlm_url"}  # what --resume may change
+# Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
+GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 
 # What a number must be, in words and as a test, and the settings that this holds for
@@ -40,7 +44,8 @@ RANGES = (
     ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
-    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch", "seed")),
+    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch")),
+    ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
      "guidance", "adam_eps", "inverse_temperature", "vlm_timeout")),
     ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("eta", "timestep_fraction")),
@@ -198,31 +203,46 @@ def _resumed(resume, **changes):
     path = folder / "config.json"
     if not path.is_file() or not (folder / "state.pt").is_file():
         raise InputError(f"--resume {folder}: not the folder of a run (config.json and state.pt are not both there)")
-    wrong = sorted(set(changes) - ON_RESUME)
-    if wrong:
-        raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
-                         f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
     try:
         saved = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{path}: not the JSON of a run's settings; restore it or start a new run")
     _check_version(folder, saved.pop("version", None))
+    checksum = saved.pop("sha256", None)
     try:
         _check_types(saved)
     except InputError as error:
         raise InputError(f"{path}: {error}")
+    if checksum != sha256(saved) or saved.keys() != vars(Settings()).keys():
+        raise InputError(f"{path}: not as it was written; restore it, or {instead_of_resuming(folder)}")
+    again = given_again(saved)
+    wrong = sorted(name for name, value in changes.items() if name not in ON_RESUME and again.get(name) != value)
+    if wrong:
+        raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
+                         f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")
+    if not again.keys() <= changes.keys():
+        raise InputError(f"--resume {folder}: its settings name code or a server; if you trust these, give them again: "
+                         f"{how_to_resume(Settings(**saved), folder)}")
     return _filled({**saved, **changes, "out": str(folder), "resume": str(folder)})
+
+
+def given_again(saved):
+    """{name: value} of a run's settings {name: value} that must be given again with --resume."""
+    return {name: saved[name] for name in GIVEN_AGAIN if ":" in saved[name] and saved[name] != getattr(Settings, name)}
+
+
+def how_to_resume(s, folder):
+    """The flags that go on with a run."""
+    return shlex.join(["--resume", str(folder), *(word for name, value in given_again(vars(s)).items()
+                                                  for word in (flag(name), value))])
 
 
 def _check_version(folder, version):
     """Refuse a run that another version wrote (major or minor differs, or it names none). Raises InputError."""
     if version and str(version).split(".")[:2] == __version__.split(".")[:2]:
         return
-    ways = [f", or go on from what it learned with {given} {folder / file}"
-            for given, file in (("--init-lora", "lora.safetensors"), ("--weights", "model.safetensors"))
-            if (folder / file).is_file()]
     raise InputError(f"--resume {folder}: written by {f'version {version}' if version else 'an older version'} of "
-                     f"ddpo_min, this is {__version__}; start a new run{''.join(ways)}")
+                     f"ddpo_min, this is {__version__}; {instead_of_resuming(folder)}")
 
 
 def check_settings(s, own_reward=False):
@@ -285,6 +305,9 @@ def _check_algorithm(s):
                          f"algorithms train on and {s.algorithm} does not")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+    if s.normalise == "epoch" and s.samples == 1:
+        raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
+                         "prompt, which compares with earlier epochs")
     if s.algorithm == "ddpo_sf" and s.updates * s.inner_epochs > 1:
         raise InputError("--algorithm ddpo_sf: REINFORCE uses its samples once; --updates and --inner-epochs must be 1")
     if s.trainable == "full" and s.dtype != "float32":
@@ -340,7 +363,8 @@ def command(s):
 
 
 def describe(s):
-    """The settings as printed at the start: one a line, differences from the preset marked, then derived sizes."""
+    """The settings as printed at the start: one a line, differences from the preset marked, then derived sizes and a
+    warning about prompts that are too long."""
     base = _base(s)
     lines = []
     for name, value in vars(s).items():
@@ -352,4 +376,6 @@ def describe(s):
     lines.append(f"  an epoch: {s.samples} samples x {s.steps} denoising steps; {updates} optimizer "
                  f"step{'s' * (updates > 1)} on minibatches of {minibatch}, in micro-batches of {size}; "
                  f"{passes} network pass{'es' * (passes > 1)} a step")
-    return "\n".join(lines)
+    trained = find_prompts(s.prompts)
+    warning = cut_prompts([*trained, *evaluation_prompts(s.eval_prompts, trained)])
+    return "\n".join(lines + [f"  {warning}"] * bool(warning))

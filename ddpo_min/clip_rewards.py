@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from .files import InputError, atomic, first_line
+from .files import InputError, atomic, first_line, make_folder
 from .text import tokenize
 from .weights import SHIPPED
 
@@ -181,11 +181,11 @@ def laion_head_path():
         if found != LAION_SHA256:
             raise InputError(f"{LAION_URL}: its sha256 is {found}, expected {LAION_SHA256}; nothing was kept")
         try:
+            make_folder(path.parent)
             with atomic(path) as temporary:
                 temporary.write_bytes(content)
-        except (InputError, OSError) as error:
-            raise InputError(f"{path}: cannot be written ({error}); download {LAION_URL} and give it with "
-                             "--aesthetic-head")
+        except InputError as error:
+            raise InputError(f"{error}, or download {LAION_URL} and give it with --aesthetic-head")
     return path
 
 

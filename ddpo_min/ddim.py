@@ -65,7 +65,7 @@ class Steps:
     t: tuple                # timestep the network is told
     alpha_bar: tuple        # alpha_bar_t
     alpha_bar_prev: tuple   # alpha_bar of the next step; the last step goes to alpha_bar_0, not to 1
-    sigma: tuple            # sigma_t > 0
+    sigma: tuple            # sigma_t > 0 (0 with eta = 0: only for drawing)
 
     def __len__(self):
         return len(self.t)
@@ -74,11 +74,11 @@ class Steps:
 def ddim_steps(steps, eta=1.0):
     """The T steps of Stable Diffusion's schedule.
 
-    steps: T, 1 to 500; eta: in (0, 1], 1 is DDPM's noise. Raises ValueError otherwise: without noise there is no
-    log-probability to train on.
+    steps: T, 1 to 500; eta: 0 to 1, 1 is DDPM's noise; 0 is none, so there is no log-probability to train on. Raises
+    ValueError otherwise.
     """
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta is {eta}: expected 0 < eta <= 1 (at 0, sigma_t is 0 and no log-probability exists)")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: expected 0 to 1")
     alpha_bar = alphas_cumprod()
     t = sampling_timesteps(steps)
     previous = (t - 1000 // steps).clamp(min=0)
@@ -103,7 +103,8 @@ def ddim_step(x_t, eps, steps, i, noise=None, x_prev=None):
     x_t, eps: (B, 4, H, W); noise: (B, 4, H, W) standard normal, to take the step: x_prev = mu + sigma_t noise;
     x_prev: (B, 4, H, W), to score it instead. Returns (x_prev in x_t's dtype, log_prob (B,)). The new x_prev is
     rounded to the dtype it will be stored in BEFORE it is scored, else scoring it again would give another number.
-    Raises ValueError unless exactly one of noise and x_prev is given.
+    With eta = 0 a step that is taken has log_prob nan. Raises ValueError if one is to be scored, and unless exactly one
+    of noise and x_prev is given.
     """
     if (noise is None) == (x_prev is None):
         raise ValueError("give either noise, to take the step, or x_prev, to score it")
@@ -111,4 +112,6 @@ def ddim_step(x_t, eps, steps, i, noise=None, x_prev=None):
     mu = ddim_mean(x_t.to(exact), eps.to(exact), steps.alpha_bar[i], steps.alpha_bar_prev[i], steps.sigma[i])
     if x_prev is None:
         x_prev = (mu + steps.sigma[i] * noise.to(exact)).to(x_t.dtype)
+        if steps.sigma[i] == 0:
+            return x_prev, mu.new_full((len(mu),), math.nan)
     return x_prev, gaussian_log_prob(x_prev.to(exact), mu, steps.sigma[i])

@@ -10,17 +10,30 @@ WRITER = f"ddpo_min {__version__}"
 GAP, LINE = 4, 15     # pixels between pictures, and for a line of text
 
 
+def number(x, digits=3):
+    """A number for readers: 1.234, but 1.23e-09 and 1.23e+300 where so many digits would be none or too many."""
+    return f"{x:.{digits}f}" if x == 0 or 10 ** -digits <= abs(x) < 1e6 else f"{x:.3g}"
+
+
 def scale_up(images):
     """Enlarge small pictures (uint8 (N, H, W, 3)) by a whole factor to about 128 pixels, without smoothing."""
     factor = max(1, round(128 / images.shape[1]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
+def cut_to(text, width, font):
+    """The text, or as much of it as fits into this many pixels with "..." behind it."""
+    length = len(text)
+    while length and font.getlength(text[:length] + "..." * (length < len(text))) > width:
+        length -= 1
+    return text[:length] + "..." * (length < len(text))
+
+
 def grid(rows, captions=None, labels=None):
     """Rows of pictures as one PIL image.
 
-    rows: list of uint8 (N, H, W, 3); captions: for each row N str to write under the pictures; labels: a str a row,
-    written at its left.
+    rows: list of uint8 (N, H, W, 3); captions: for each row N str to write under the pictures, cut to their width;
+    labels: a str a row, written at its left.
     """
     rows = [scale_up(np.asarray(row)) for row in rows]
     height, width = rows[0].shape[1:3]
@@ -38,7 +51,7 @@ def grid(rows, captions=None, labels=None):
             x = left + GAP + c * (width + GAP)
             sheet.paste(Image.fromarray(image), (x, y))
             if captions:
-                draw.text((x + 1, y + height + 1), captions[r][c], fill="black", font=font)
+                draw.text((x + 1, y + height + 1), cut_to(captions[r][c], width, font), fill="black", font=font)
     return sheet
 
 
@@ -56,7 +69,7 @@ def save_curve(path, history, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     epochs = [h["epoch"] for h in history]
-    column = lambda name: np.array([h[name] for h in history])     # noqa: E731
+    column = lambda name: np.array([h.get(name, np.nan) for h in history])     # noqa: E731
     watched = sorted({name for h in history for name in h if name.startswith("score_")})
     figure, (top, *middle, bottom) = plt.subplots(2 + len(watched), 1, figsize=(7, 6 + 1.5 * len(watched)), sharex=True,
                                                   height_ratios=(2, *[1] * (len(watched) + 1)))

@@ -1,9 +1,16 @@
 """The few things every file needs: one error for bad input, and writing that never leaves half a file."""
+import errno
 import os
+import re
+import shutil
+import signal
 import sys
 import tempfile
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+TEMPORARY = ".ddpo_min-"        # how the names of files begin that are still being written
 
 
 class InputError(Exception):
@@ -21,20 +28,69 @@ class NotFinite(InputError):
 
 @contextmanager
 def atomic(path):
-    """Give a temporary path to write to; it replaces `path` when the block ends without an error."""
-    path = Path(path)
+    """Give a temporary path to write to; it replaces `path` when the block ends without an error.
+
+    Raises InputError if the disk or the folder, which must be there already, does not take it.
+    """
+    path, temporary = Path(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written there ({error.strerror}); choose another place")
-    os.close(handle)
-    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
+        os.close(handle)
         yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())     # else a power cut could leave the new name without its content
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except Exception as error:
+        reason = disk_trouble(error)
+        if not reason:
+            raise
+        with suppress(OSError):
+            reason += f"; its disk has {shutil.disk_usage(path.parent).free / 1e6:,.0f} MB free"
+        raise InputError(f"{path}: cannot be written ({reason}); it needs room, in a folder that can be written to")
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def disk_trouble(error):
+    """What the system said where writing a file failed, in its words; "" if the error is of another kind.
+
+    Libraries raise errors of their own: torch from the system's, safetensors with its number in the text.
+    """
+    while error and not isinstance(error, InputError):
+        number = re.search(r"os error (\d+)", str(error))
+        if isinstance(error, OSError) and error.errno or number:
+            return os.strerror(int(number[1]) if number else error.errno)
+        error = error.__context__
+    return ""
+
+
+def make_folder(path):
+    """Make a folder, and those above it, unless it is there. Raises InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror}); choose another place")
+
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C, or SIGTERM in a command of run_main(), takes effect only when the block is over."""
+    main = threading.current_thread() is threading.main_thread()        # no other thread hears signals
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
+               if main and signal.getsignal(number) is signal.default_int_handler]
+    heard = []
+    for number in numbers:
+        signal.signal(number, lambda *_: heard.append(1))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _umask():
@@ -44,8 +100,15 @@ def _umask():
 
 
 def first_line(error):
-    """The first line of an exception's message, for a message of one line."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    """The first line of an exception's message, for a message of one line: what of it can be printed."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return "".join(c for c in line if c.isprintable()) or "no message"
+
+
+def shown(value, length=80):
+    """A value from a file, for a message of one line: without unprintable characters, cut to `length`."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[:length + 1])
+    return text if len(text) <= length else text[:length - 3] + "..."
 
 
 def is_out_of_memory(error):
@@ -56,18 +119,48 @@ def is_out_of_memory(error):
 
 
 def run_main(main):
-    """Call a command's main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Call a command's main() and leave with its exit status, without a traceback for what is no mistake of the code.
+
+    2, with one line on stderr: bad input, no memory, a disk that refuses; 130: Ctrl-C or SIGTERM; 141: nobody reads
+    what is printed any more.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
+    try:
+        status = _status(main)
+        sys.stdout.flush()
+    except OSError as error:        # from printing, for _status() has no other
+        status = 141 if error.errno == errno.EPIPE else 2
+        with suppress(OSError):
+            if status == 2:
+                print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):             # so that what they still hold is dropped in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if status == 130:
+        os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
+    sys.exit(status)
+
+
+def _status(main):
+    """Call main(); returns its exit status, the message printed. Raises OSError where printing fails."""
     try:
         main()
+        return 0
+    except SystemExit as stop:
+        return stop.code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing), "
-              "or another --device or --dtype", file=sys.stderr)
-        sys.exit(2)
+        message = ("out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing), or another "
+                   "--device or --dtype")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}; expected a file or folder that can be used"
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 2

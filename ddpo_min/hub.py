@@ -1,4 +1,5 @@
 """Models by their name on the Hugging Face Hub, downloaded once into its cache; an existing path has precedence."""
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,11 @@ HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.safetensors))?")
 # The networks of a diffusers folder: our name, folder, file name without its extension
 PARTS = (("unet", "unet", "diffusion_pytorch_model"), ("vae", "vae", "diffusion_pytorch_model"),
          ("text", "text_encoder", "model"))
+
+# A network's file after that name, in the order of preference; an index names the files that the tensors are split over
+ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
+
+SCHEDULER = "scheduler/scheduler_config.json"
 
 # Repositories that were removed, and where their files are now (both are the start of a name)
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -27,24 +33,58 @@ def fetch(path):
     repo, file = match.groups()
     if file:
         return _download(repo, file)
+    _download(repo, SCHEDULER, optional=True)
     for _, folder, stem in PARTS:
         config = _download(repo, f"{folder}/config.json")
-        _download(repo, f"{folder}/{stem}.safetensors", f"{folder}/{stem}.fp16.safetensors")
-    _download(repo, "scheduler/scheduler_config.json")
+        weights = _download(repo, *(f"{folder}/{stem}{ending}" for ending in ENDINGS))
+        for shard in shards(weights):
+            _download(repo, f"{folder}/{shard.name}")
     return config.parents[1]
 
 
-def _download(repo, *names):
-    """The path in the cache of the first of these files that a repository has. Raises InputError."""
-    from huggingface_hub import hf_hub_download, utils
+def shards(path):
+    """The files that a network's tensors are in: those that an index names, else `path` itself. Raises InputError."""
+    if path.suffix != ".json":
+        return [path]
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(name)) for name in names):
+        raise InputError(f"{path}: expected a weight_map from tensors to .safetensors files in the same folder; "
+                         "download it again")
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
+def read_json(path):
+    """The object in a JSON file; {} if there is no file. Raises InputError."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    return found
+
+
+def _download(repo, *names, optional=False):
+    """The path in the cache of the first of these files that a repository has. Raises InputError.
+
+    optional: None, not an error, if the Hub says, or said when it was last reached, that the repository has none.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache, utils
 
     problem = None
     for name in names:
         try:
             return Path(hf_hub_download(repo, name))
         except utils.LocalEntryNotFoundError:     # a subclass of EntryNotFoundError
+            if optional and try_to_load_from_cache(repo, name) is _CACHED_NO_EXIST:
+                return None
             problem = "the Hugging Face Hub cannot be reached; download the model elsewhere and pass its path"
         except utils.EntryNotFoundError:
+            if optional:
+                return None
             problem = problem or (f"the repository has no {name}; expected OWNER/REPO with a diffusers folder, or "
                                   "OWNER/REPO:FILE.safetensors")
         except utils.GatedRepoError:

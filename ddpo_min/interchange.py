@@ -6,43 +6,67 @@
     ComfyUI                       lora_unet_mid_block_attentions_0_proj_in.lora_up.weight     B
                                   lora_unet_mid_block_attentions_0_proj_in.alpha              alpha; the rank if missing
 
-In memory a LoRA is {module name: (A, B, alpha)}; rank and alpha can differ from layer to layer.
+In memory a LoRA is {module name: (A, B, alpha)}; rank and alpha can differ from layer to layer. Layers of the text
+encoder have text_encoder. and lora_te_ instead of unet. and lora_unet_; their module names begin with text_model.
 """
 import json
+import math
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from .checkpoint import open_safetensors
-from .files import InputError, atomic, first_line
+from .files import InputError, atomic, shown
+from .layout import rename, unet_prefixes
+from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
 
 FORMS = ("diffusers", "kohya")
 
-# The names of a layer's parts: in diffusers and PEFT, in kohya, and in diffusers before PEFT
-PARTS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora.down.weight": "A",
-         "lora_B.weight": "B", "lora_up.weight": "B", "lora.up.weight": "B", "alpha": "alpha"}
+# The names of a layer's parts: in diffusers and PEFT, in kohya, and twice in diffusers before PEFT
+PARTS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora.down.weight": "A", "lora_linear_layer.down.weight": "A",
+         "lora_B.weight": "B", "lora_up.weight": "B", "lora.up.weight": "B", "lora_linear_layer.up.weight": "B",
+         "alpha": "alpha"}
+
+# Parts of layers that are no plain LoRA, by what their names begin with: what such a layer is
+OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
+               "lora_mid": "LoCon with a core tensor", "oft_": "OFT", "ia3_": "IA3", "on_input": "IA3",
+               "diff$": "full difference", "diff_b$": "full difference"}
+DOTTED = re.compile(rf"(.*?)(?:[._](lora[._].+|alpha|(?<=\.)(?:{'|'.join(OTHER_KINDS)}).*))?", re.DOTALL)
+
+# Metadata that is only true of the tensors, names and alphas that it came with; what each form needs is made anew
+STALE = re.compile(r"sshs_|modelspec\.hash|ss_network_|lora_adapter_metadata")
 
 BASE_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}     # by the width of the text encoder's output
 
 
+def network_of(module):
+    """Which network has a module of this name: "unet" or "text_encoder"."""
+    return "text_encoder" if module.startswith("text_model.") else "unet"
+
+
 def kohya_name(module):
-    """The name of a UNet's module in a kohya file: mid_block.resnets.0 -> lora_unet_mid_block_resnets_0."""
-    return "lora_unet_" + module.replace(".", "_")
+    """The name of a module in a kohya file: mid_block.resnets.0 -> lora_unet_mid_block_resnets_0."""
+    return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[network_of(module)] + module.replace(".", "_")
 
 
 def diffusers_form(layers):
     """{name: tensor} with the names of diffusers and PEFT, and the metadata in which diffusers >= 0.34 finds alpha."""
-    state = {f"unet.{name}.lora_{part}.weight": tensor
+    state = {f"{network_of(name)}.{name}.lora_{part}.weight": tensor
              for name, (A, B, _) in layers.items() for part, tensor in (("A", A), ("B", B))}
-    ranks, alphas = ranks_and_alphas(layers)
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = dict(r=rank, lora_alpha=alpha, target_modules=list(layers),
-                  rank_pattern={name: value for name, value in ranks.items() if value != rank},
-                  alpha_pattern={name: value for name, value in alphas.items() if value != alpha})
-    return state, {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
+    config = {}
+    for network in sorted({network_of(name) for name in layers}):
+        ranks, alphas = ranks_and_alphas({name.removeprefix("text_model."): parts      # which transformers 5 leaves out
+                                          for name, parts in layers.items() if network_of(name) == network})
+        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        own = dict(r=rank, lora_alpha=alpha, target_modules=list(ranks),
+                   rank_pattern={name: value for name, value in ranks.items() if value != rank},
+                   alpha_pattern={name: value for name, value in alphas.items() if value != alpha})
+        config.update({f"{network}.{key}": value for key, value in own.items()})
+    return state, {"lora_adapter_metadata": json.dumps(config)}
 
 
 def kohya_form(layers):
@@ -82,12 +106,13 @@ def one_or_all(values):
 def write_lora(path, form, layers, metadata):
     """Write {module name: (A, B, alpha)} in one of FORMS, atomically.
 
-    metadata: {name: str} to write too; the ranks and alphas are added to its JSON under ddpo_min.
+    metadata: {name: str} to write too, without what is STALE; ranks and alphas are added to its JSON under ddpo_min.
     """
     state, form_metadata = diffusers_form(layers) if form == "diffusers" else kohya_form(layers)
     rank, alpha = (one_or_all(values) for values in ranks_and_alphas(layers))
     details = {**json.loads(metadata.get("ddpo_min", "{}")), "rank": rank, "alpha": alpha}
-    metadata = {**metadata, **form_metadata, "format": "pt", "ddpo_min": json.dumps(details)}
+    kept = {name: text for name, text in metadata.items() if not STALE.match(name)}
+    metadata = {**kept, **form_metadata, "format": "pt", "ddpo_min": json.dumps(details)}
     with atomic(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata=metadata)
 
@@ -97,16 +122,33 @@ def split_name(name):
     if name.startswith("lora_"):                # kohya's layer names have no dots
         layer, _, part = name.partition(".")
         return layer, part
-    return re.fullmatch(r"(.+?)(?:[._](lora[._].+|alpha))?", name).groups()
+    return DOTTED.fullmatch(name).groups()
 
 
 def common_name(layer):
     """A layer's name in a file of any form -> its kohya name, which is the same for all forms."""
     if layer.startswith("lora_"):
         return layer
-    layer = layer.removeprefix("base_model.model.").removeprefix("unet.")   # the first: a folder saved by PEFT
+    layer = layer.removeprefix("base_model.model.")     # a folder saved by PEFT
+    for network in ("unet.", "diffusion_model.", "text_encoder."):
+        layer = layer.removeprefix(network)
     layer = layer.replace(".processor.", ".")       # attn1.processor.to_q: diffusers before PEFT
+    layer = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", layer)      # the same, of the text encoder
+    if layer.startswith("encoder.layers."):
+        layer = "text_model." + layer               # transformers 5 leaves it out
     return kohya_name(layer + ".0" if layer.endswith(".to_out") else layer)
+
+
+def names_in_files(modules):
+    """{kohya name: module}; of the UNet also with the original's blocks, lora_unet_input_blocks_1_1_proj_in."""
+    levels = len({module.split(".")[1] for module in modules if module.startswith("down_blocks.")})
+    layers = len({module.split(".")[3] for module in modules if module.startswith("down_blocks.0.resnets.")})
+    attention = [any(module.startswith(f"down_blocks.{i}.attentions.") for module in modules) for i in range(levels)]
+    known = {kohya_name(module): module for module in modules}
+    for levels_with_attention in (attention, [False] * levels):     # export_lora() does not know which have none
+        inverse = {b: a for a, b in unet_prefixes(levels_with_attention, layers).items()}
+        known.update({kohya_name(rename(module, inverse)): module for module in modules})
+    return known
 
 
 def config_alpha(module, rank, config):
@@ -117,50 +159,62 @@ def config_alpha(module, rank, config):
     return alpha * rank ** 0.5 if rslora else alpha         # rslora: scale alpha / sqrt(rank)
 
 
-def peft_config(path, metadata):
+def peft_config(path, metadata, network):
     """The alphas in PEFT's configuration: ([(pattern of names, alpha)], alpha of the other layers or None, rslora).
 
-    It is in the metadata or, of a file adapter_model.safetensors, in adapter_config.json in the same folder. Raises
-    ValueError, TypeError, AttributeError or re.error if it is malformed.
+    It is in the metadata or, of a file adapter_model.safetensors, in adapter_config.json in the same folder; network:
+    "unet" or "text_encoder". Raises ValueError, TypeError, AttributeError, OverflowError, RecursionError or re.error if
+    it is malformed.
     """
     config_file = Path(path).with_name("adapter_config.json")
     text = metadata.get("lora_adapter_metadata", "{}")
     if Path(path).name == "adapter_model.safetensors" and config_file.is_file():
         text = config_file.read_text()
-    config = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
-    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
-                for pattern, alpha in (config.get("alpha_pattern") or {}).items()]
+    config = {key.removeprefix(f"{network}."): value for key, value in json.loads(text).items()}
+    alphas = config.get("alpha_pattern") or {}
+    if any(re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+?{]", pattern)) > 3 for pattern in alphas):
+        raise ValueError("a pattern that can take for ever to match")
+    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha)) for pattern, alpha in alphas.items()]
     return patterns, float(config["lora_alpha"]) if "lora_alpha" in config else None, bool(config.get("use_rslora"))
 
 
 def read_lora(path, modules):
     """Read a LoRA file of either form: ({module name: (A, B, alpha)}, its metadata).
 
-    modules: names of the UNet's layers that can have a LoRA. Other layers (the text encoder's) and layers with more
-    than A, B and alpha (DoRA, LoHa, ...) are left out; one printed line names them. Raises InputError if no layer is
-    left, or if the tensors of a layer do not fit together.
+    modules: names of the layers that can have a LoRA. Other layers and layers with more than A, B and alpha (DoRA,
+    LoHa, ...) are left out; one printed line names them. Raises InputError if no layer is left, if the tensors of a
+    layer do not fit together, or if they have numbers that are not finite.
     """
     file = open_safetensors(path)
     metadata = dict(file.metadata() or {})
     try:
-        config = peft_config(path, metadata)
+        configs = {network: peft_config(path, metadata, network) for network in ("unet", "text_encoder")}
         dict(json.loads(metadata.get("ddpo_min", "{}")).items())        # must be an object: write_lora() adds to it
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: its metadata cannot be understood ({first_line(error)}); "
-                         "download or export it again") from error
-    metadata.pop("lora_adapter_metadata", None)
-    found = {}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise InputError(f"{path}: its metadata cannot be understood (ranks and alphas in lora_adapter_metadata, "
+                         "ddpo_min or adapter_config.json); download or export it again") from error
+    known, found = names_in_files(modules), {}
     for name in file.keys():
         layer, part = split_name(name)
-        found.setdefault(layer, {})[PARTS.get(part, part)] = name
-    known, layers, left_out = {kohya_name(module): module for module in modules}, {}, []
-    for layer, parts in found.items():
-        module = known.get(common_name(layer))
-        if module is None or not parts.keys() <= {"A", "B", "alpha"}:
-            left_out.append(layer)
-            continue
-        A, B, alpha = read_layer(path, file, layer, parts)
-        layers[module] = A, B, config_alpha(module, A.shape[0], config) if alpha is None else alpha
+        parts = found.setdefault(known.get(common_name(layer), layer), {})
+        part = PARTS.get(part, part)
+        if part in parts:
+            raise InputError(f"{path}: {shown(name)} and {shown(parts[part])} are two names for the same tensor; "
+                             "export it again with one")
+        parts[part] = name
+    layers, left_out = {}, {}
+    for module, parts in found.items():
+        if module in modules and parts.keys() <= {"A", "B", "alpha"}:
+            A, B, alpha = read_layer(path, file, module, parts)
+            if alpha is None:
+                alpha = config_alpha(module, A.shape[0], configs[network_of(module)])
+            if not math.isfinite(alpha):
+                raise InputError(f"{path}: {module} has alpha {alpha}; the file is damaged, download or export it "
+                                 "again")
+            layers[module] = A, B, alpha
+        else:
+            layer, _ = split_name(next(iter(parts.values())))
+            left_out.setdefault(kind_of(layer, parts), []).append(layer)
     if not layers:
         raise InputError(f"{path}: found no LoRA for this UNet, but {summary(left_out)}; expected the lora.safetensors "
                          "of a run, or a file of diffusers, PEFT or kohya")
@@ -174,25 +228,37 @@ def read_layer(path, file, layer, parts):
     if not {"A", "B"} <= parts.keys():
         raise InputError(f"{path}: {layer} has only {', '.join(parts.values())} of its two halves; "
                          "the file is damaged, download or export it again")
-    A, B = file.get_tensor(parts["A"]), file.get_tensor(parts["B"])
+    tensors = {part: file.get_tensor(name) for part, name in parts.items()}
+    for part, tensor in tensors.items():
+        if tensor.is_complex() or not (tensor.is_floating_point() or part == "alpha"):
+            raise InputError(f"{path}: {parts[part]} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected "
+                             "floating-point numbers, so export it again without quantisation")
+        if not tensor.float().isfinite().all():
+            raise InputError(f"{path}: {parts[part]} has numbers that are not finite; the file is damaged, download or "
+                             "export it again")
+    A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha")
     if min(A.ndim, B.ndim) < 2 or not A.shape[0] == B.shape[1] > 0:
         raise InputError(f"{path}: {layer} has shapes {tuple(A.shape)} and {tuple(B.shape)}; expected "
                          "(rank, in) and (out, rank)")
-    if "alpha" not in parts:
-        return A, B, None
-    alpha = file.get_tensor(parts["alpha"])
-    if alpha.numel() != 1:
+    if alpha is not None and alpha.numel() != 1:
         raise InputError(f"{path}: {layer}.alpha has {alpha.numel()} values; expected one")
-    return A, B, float(alpha)
+    return A, B, None if alpha is None else float(alpha)
+
+
+def kind_of(layer, parts):
+    """What a layer is that cannot be applied, in words; parts: the names of its parts."""
+    for start, kind in OTHER_KINDS.items():
+        if any(re.match(start, part or "") for part in parts):
+            return f"of the kind {kind}"
+    text = layer.startswith(("lora_te", "text_encoder", "base_model.model.text_model"))
+    return "of the text encoder" if text else "that fit no layer"
 
 
 def summary(left_out):
-    """The layers that were left out: of each kind the number and the first two names."""
-    text = [layer for layer in left_out if layer.startswith(("lora_te", "text_encoder"))]
-    rest = [layer for layer in left_out if layer not in text]
-    kinds = [f"{len(names)} {what} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})"
-             for what, names in (("of the text encoder", text), ("that fit no layer", rest)) if names]
-    return " and ".join(kinds) or "nothing at all"
+    """The layers that were left out, {kind: [layer]}: of each kind the number and the first names."""
+    most = 2 if len(left_out) <= 2 else 1
+    return " and ".join(f"{len(names)} {kind} ({', '.join(shown(name) for name in names[:most])}"
+                        f"{', ...' * (len(names) > most)})" for kind, names in left_out.items()) or "nothing at all"
 
 
 def export_lora(path, form, scale=1.0):
@@ -200,14 +266,22 @@ def export_lora(path, form, scale=1.0):
 
     scale: multiplies every alpha. The tensors do not change, to the last bit.
     """
-    with torch.device("meta"):      # all names that a UNet of up to four levels can have; needs no weights
-        unet = UNet(UNetConfig(attention=(True,) * 4))
-    layers, metadata = read_lora(path, lora_modules(unet))
+    layers, metadata = read_lora(path, all_modules())
+    if any(abs(alpha * scale) > torch.finfo(torch.float32).max for _, _, alpha in layers.values()):
+        raise InputError(f"{path}: its alphas times {scale:g} are too large for float32; take a smaller strength")
     target = Path(path).with_name(f"{Path(path).stem}-{form}.safetensors")
     write_lora(target, form, {name: (A, B, alpha * scale) for name, (A, B, alpha) in layers.items()}, metadata)
     return target
 
 
-def lora_modules(unet):
+@cache
+def all_modules():
+    """Names of the layers of a UNet of four levels and of a text encoder of 24 layers; needs no weights."""
+    with torch.device("meta"):
+        networks = UNet(UNetConfig(attention=(True,) * 4)), TextEncoder(TextConfig(layers=24))
+    return [name for network in networks for name in lora_modules(network)]
+
+
+def lora_modules(network):
     """Names of the layers that can have a LoRA: every linear layer and every convolution."""
-    return [name for name, module in unet.named_modules() if type(module) in (torch.nn.Linear, torch.nn.Conv2d)]
+    return [name for name, module in network.named_modules() if type(module) in (torch.nn.Linear, torch.nn.Conv2d)]

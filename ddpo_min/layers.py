@@ -79,11 +79,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side by repeating each pixel, then a convolution."""
+    """Twice the side, or another size (H, W), by repeating each pixel, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x, size=None):
+        size = size or [2 * side for side in x.shape[-2:]]
+        return self.conv(F.interpolate(x, size, mode="nearest"))

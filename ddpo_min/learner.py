@@ -21,19 +21,32 @@ class Learner:
         else:
             self.lora = load_lora(init_lora, model.unet) if init_lora else add_lora(model.unet, rank)
             self.file, self.parameters = "lora.safetensors", lora_state(self.lora)
+        self.alphas = {name: float(layer.alpha) for name, layer in self.lora.items()}
         self.optimizer = Optimizer(list(self.parameters.values()), **adamw)
 
     def state_dict(self):
         """All that training changes; prompts, seeds and orders are functions of (seed, epoch)."""
-        return dict(parameters={name: p.detach().cpu() for name, p in self.parameters.items()},
+        return dict(parameters={name: p.detach().cpu() for name, p in self.parameters.items()}, alphas=self.alphas,
                     optimizer=self.optimizer.state_dict(), statistics=self.statistics.state_dict())
 
     def load_state_dict(self, state):
-        """Go on from state_dict(). Raises ValueError if the parameters are others."""
-        if state["parameters"].keys() != self.parameters.keys():
-            raise ValueError("other parameters")
+        """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
+        if (state.keys() != {"parameters", "alphas", "optimizer", "statistics"}
+                or state["optimizer"].keys() != {"state", "param_groups", "scaler"}):
+            raise ValueError("parts are missing")
+        given, moments = state["parameters"], state["optimizer"]["state"]
+        if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
+            raise ValueError("it has other layers")
+        if state["alphas"] != self.alphas:
+            raise ValueError("its LoRA has other alphas")
+        for i, (name, p) in enumerate(self.parameters.items()):
+            for tensor in (given[name], *(moments[i][key] for key in ("exp_avg", "exp_avg_sq") if i in moments)):
+                if tensor.shape != p.shape or tensor.dtype != p.dtype:
+                    raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(p.shape)}")
+            if not given[name].isfinite().all():
+                raise ValueError(f"{name}: numbers that are not finite")
         for name, p in self.parameters.items():
-            p.data.copy_(state["parameters"][name])
+            p.data.copy_(given[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.statistics.load_state_dict(state["statistics"])
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import InputError
+from .files import InputError, make_folder
 from .interchange import lora_modules, read_lora, write_lora
 from .weights import load_stable_diffusion, save_single_file
 
@@ -49,7 +49,8 @@ class LoRALayer:
     def merge(self):
         """W <- W + scale B A, added in float32 or wider and rounded once; forward() then skips the low-rank path."""
         if not self.merged:
-            self.weight.copy_(self.weight + self.delta())
+            exact = self.weight.float() if self.weight.itemsize < 4 else self.weight    # torch cannot add float8
+            self.weight.copy_(exact + self.delta())
             self.merged = True
 
     @torch.no_grad()
@@ -133,37 +134,65 @@ def save_lora(path, layers, **details):
 
 
 def load_lora(path, unet, scale=1.0):
-    """Put a saved LoRA of any program (see read_lora) on a network; changes `unet`, returns {name: LoRA layer}.
+    """Put one saved LoRA on a UNet, see load_loras(); its layers of the text encoder are left out."""
+    return load_loras([(path, scale)], unet)
 
-    The layers in the file get a LoRA, each with its own rank; the other layers are frozen. scale: multiplies the LoRA's
-    effect, 0 is off. Raises InputError if the file has no layer of this network, or if a shape does not fit.
+
+def load_loras(files, *networks):
+    """Put the sum of saved LoRAs of any programs (see read_lora) on networks; returns {name: LoRA layer}.
+
+    files: [(path, strength)], of which strength multiplies the LoRA's effect, 0 is off; networks: a UNet, or a UNet and
+    a text encoder, which are changed: the layers in the files get a LoRA, the other layers are frozen. Raises
+    InputError if a file has no layer of these networks, or if a shape does not fit.
     """
-    modules = lora_modules(unet)
-    found, _ = read_lora(path, modules)
-    unet.requires_grad_(False)
+    owners = {name: network for network in networks for name in lora_modules(network)}
+    found = {}
+    for path, strength in files:
+        for name, (A, B, alpha) in read_lora(path, owners)[0].items():
+            weight = owners[name].get_submodule(name).weight.flatten(1)     # (rank, in) and (rank, in, 1, 1) are equal
+            for tensor, shape in ((A, (len(A), weight.shape[1])), (B, (weight.shape[0], len(A)))):
+                if tensor.flatten(1).shape != shape:
+                    raise InputError(f"{path}: a tensor of {name} has shape {tuple(tensor.shape)}, this model needs "
+                                     f"{shape}; use the base model that the LoRA was trained on")
+            found.setdefault(name, []).append((A, B, alpha * strength))
     layers = {}
-    for name in modules:        # in the network's order, not the file's: the optimizer's state goes by it
-        if name not in found:
-            continue
-        A, B, alpha = found[name]
-        layer = layers[name] = replace(unet, name, len(A), alpha)
-        for own, tensor in ((layer.lora_A.weight, A), (layer.lora_B.weight, B)):
-            if own.flatten(1).shape != tensor.flatten(1).shape:        # (rank, in) and (rank, in, 1, 1) are the same
-                raise InputError(f"{path}: a tensor of {name} has shape {tuple(tensor.shape)}, this model needs "
-                                 f"{tuple(own.shape)}; use the base model that the LoRA was trained on")
-            own.data.copy_(tensor.view_as(own))
-        layer.scale *= scale
+    for network in networks:
+        network.requires_grad_(False)
+    for name, network in owners.items():    # in the networks' order, not the file's: the optimizer's state goes by it
+        if name in found:
+            A, B, alpha = add_up(found[name])
+            layer = layers[name] = replace(network, name, len(A), alpha)
+            for own, tensor in ((layer.lora_A.weight, A), (layer.lora_B.weight, B)):
+                own.data.copy_(tensor.view_as(own))
     return layers
 
 
-def merge_lora(path, weights, out, scale=1.0):
-    """Write a complete model, `weights` plus the LoRA, in Stable Diffusion's single-file layout.
+def add_up(parts):
+    """One LoRA of a layer with the effect of several: [(A, B, alpha)] -> (A, B, alpha), its rank the sum of theirs.
 
-    Every tensor keeps the dtype it has in `weights`; sums are computed in float32 or wider and rounded once.
+    s1 B1 A1 + s2 B2 A2 + ... = [s1 B1, s2 B2, ...] [A1; A2; ...] with s = alpha / rank. One alone stays as it is.
     """
+    if len(parts) == 1:
+        return parts[0]
+    A = torch.cat([A.float().flatten(1) for A, _, _ in parts])
+    B = torch.cat([alpha / len(A) * B.float().flatten(1) for A, B, alpha in parts], dim=1)
+    return A, B, float(len(A))
+
+
+def merge_loras(files, weights, out):
+    """Write a complete model, `weights` plus LoRAs ([(path, strength)]), in Stable Diffusion's single-file layout.
+
+    Every tensor keeps the dtype it has in `weights`; sums are computed in float32 or wider and rounded once. Raises
+    InputError if that dtype cannot hold a sum.
+    """
+    make_folder(Path(out).parent)
     model = load_stable_diffusion(weights, "cpu", None)
-    for layer in load_lora(path, model.unet, scale).values():
+    for name, layer in load_loras(files, model.unet, model.text_encoder).items():
+        dtype = layer.weight.dtype      # some dtypes saturate silently, so look at the sum before it is rounded
+        if not (layer.weight.float() + layer.delta()).abs().max() <= torch.finfo(dtype).max:
+            raise InputError(f"{out}: not written, because {name} plus the LoRA has numbers that are too large for "
+                             f"{str(dtype).removeprefix('torch.')}; take a smaller strength (--scale)")
         layer.merge()
         del layer.lora_A, layer.lora_B      # so that only the base model's names are left
-    save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size,
-                     base=Path(weights).name, lora=Path(path).name, scale=scale)
+    save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size, base=Path(weights).name,
+                     lora=[f"{Path(path).name}={strength:g}" for path, strength in files])

@@ -3,6 +3,12 @@ import numpy as np
 import torch
 
 
+def spread(rewards):
+    """Their standard deviation, whatever the scale: squares of 1e200 or 1e-200 are no float64."""
+    largest = np.abs(rewards).max() or 1.0
+    return largest * np.std(rewards / largest)
+
+
 class Metrics:
     """Weighted means of numbers that come a micro-batch at a time.
 

@@ -52,4 +52,4 @@ class Optimizer:
         self.rule.state.clear()         # before the new moments come: of a whole UNet two sets may not fit
         groups = [{**group, "fused": self.rule.defaults["fused"]} for group in state["param_groups"]]
         self.rule.load_state_dict({"state": state["state"], "param_groups": groups})
-        self.scaler.load_state_dict(state.get("scaler", {}))
+        self.scaler.load_state_dict(state["scaler"])

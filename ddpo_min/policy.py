@@ -17,6 +17,7 @@ class Policy:
     guidance: float
     training_guidance: float = None     # of log_prob, if it is another than in sampling
     lora: dict = field(default_factory=dict)    # {name: LoRA layer}, if that is what is trained
+    negative: str = ""                  # the prompt that guidance leads away from; training has the empty one
     compiled: object = None             # torch.compile(model.unet), if wanted
 
     def __post_init__(self):
@@ -25,8 +26,8 @@ class Policy:
 
     @cached_property
     def empty(self):
-        """The embedding of the empty prompt, (1, 77, width)."""
-        return self.model.encode_prompts([""])
+        """The embedding of the empty (or negative) prompt, (1, 77, width)."""
+        return self.model.encode_prompts([self.negative])
 
     def predict(self, x, t, context):
         """The network's eps. Compiled, sampling runs training's graph, too: another one rounds differently."""

@@ -3,6 +3,8 @@ import time
 
 from tqdm import tqdm
 
+from .figures import number
+
 
 class Progress:
     """A bar over all epochs: every sample counts once when it is drawn and once each time it is trained on."""
@@ -43,4 +45,4 @@ class Progress:
         """Print a line above the bar; reward: the latest mean, to stand in it."""
         self.bar.write(line)
         if reward is not None:
-            self.bar.set_postfix_str(f"reward {reward:.3f}")
+            self.bar.set_postfix_str(f"reward {number(reward)}")

@@ -1,4 +1,5 @@
 """Prompts and seeds to train on and to evaluate on."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ PROMPT_SETS = dict(animals=animals, imagenet_animals=imagenet_animals, activitie
                    dpok=dpok)
 
 
+def is_json(text):
+    """Whether a text is a list or an object in JSON."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def find_prompts(name, flag="--prompts"):
     """A list of prompts: one of PROMPT_SETS, or the lines of a text file. Raises InputError if there are none."""
     if name in PROMPT_SETS:
@@ -67,10 +76,13 @@ def find_prompts(name, flag="--prompts"):
         raise InputError(f"{flag} {name}: neither a prompt set ({', '.join(PROMPT_SETS)}) nor a text file with one "
                          "prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{flag} {name}: not a text file; expected UTF-8, one prompt a line") from error
-    if any("\0" in line for line in lines):
+    lines = [line.strip() for line in text.split("\n") if line.strip()]      # reading made \n of \r\n and of \r
+    if is_json(text) or lines and is_json(lines[0]):
+        raise InputError(f"{flag} {name}: a JSON file; expected a text file, one prompt a line and nothing else")
+    if "\0" in text:
         raise InputError(f"{flag} {name}: not a text file; expected UTF-8, one prompt a line")
     if not lines:
         raise InputError(f"{flag} {name}: empty; expected one prompt a line")

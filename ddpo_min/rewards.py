@@ -2,14 +2,19 @@
 
 This file holds the two that need no network, finds a user's own, and calls them all safely.
 """
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import io
+import os
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .files import InputError, first_line
@@ -34,6 +39,28 @@ def incompressible(images, prompts):
 
 REWARDS = dict(jpeg=jpeg, incompressible=incompressible)
 WITH_NETWORKS = ("aesthetic", "clip", "vlm")       # made by clip_rewards.py and vlm.py
+LARGEST = 1e300     # of a reward: the sum over an epoch must be a float64, too
+
+
+@contextmanager
+def put_back():
+    """Put back afterwards what a user's code may change for the whole program.
+
+    Seeds need no such care: while a reward may run, nothing of ours draws from the global generators.
+    """
+    folder, arguments, grad = os.getcwd(), sys.argv, torch.is_grad_enabled()
+    dtype, device, threads = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        sys.argv = arguments
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 @cache
@@ -53,15 +80,15 @@ def find_own(name, flag="--reward"):
     if not where:
         raise InputError(f"{flag} {name}: unknown; expected one of {', '.join([*REWARDS, *WITH_NETWORKS])}, or your "
                          "own as my_rewards.py:function or package.module:function")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise InputError(f"{flag} {name}: no file {where}")
     try:
-        if where.endswith(".py"):
-            if not Path(where).is_file():
-                raise InputError(f"{flag} {name}: no file {where}")
-            module = _module_of_file(Path(where).resolve())
-        else:
-            module = importlib.import_module(where)
-    except InputError:
-        raise
+        with put_back():
+            sys.argv = [where]      # as if it were started alone: our flags are not for it
+            module = _module_of_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
+    except SystemExit as error:
+        raise InputError(f"{flag} {name}: {where} ends the program when it is imported (SystemExit: "
+                         f"{first_line(error)}); put what is not for that under if __name__ == \"__main__\"")
     except Exception as error:
         raise InputError(f"{flag} {name}: {where} cannot be imported ({type(error).__name__}: {first_line(error)})")
     if not callable(getattr(module, function, None)):
@@ -69,24 +96,41 @@ def find_own(name, flag="--reward"):
     return getattr(module, function)
 
 
+def fingerprint(reward):
+    """SHA-256 of the file that a reward's code is in, in hexadecimal; "" if there is none."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(reward)).read_bytes()).hexdigest()
+    except (TypeError, OSError):        # an object, a function in C, one typed into a shell
+        return ""
+
+
 def score(reward, images, prompts, name="the reward", first=0):
     """Call a reward and check what it returns: float64 (B,), finite. Raises InputError otherwise.
 
     first: the number of the first of these images in its epoch, for the message.
     """
+    which = f"images {first} to {first + len(images) - 1} of the epoch, the first of {prompts[0]!r}"
     try:
-        rewards = np.asarray(reward(images, prompts), dtype=np.float64)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} failed on images {first} to {first + len(images) - 1} of the epoch, the first of "
-                         f"{prompts[0]!r} ({type(error).__name__}: {first_line(error)})")
-    if rewards.shape != (len(images),):
-        raise InputError(f"{name} returned shape {rewards.shape} for images {first} to {first + len(images) - 1} of "
-                         f"the epoch; expected ({len(images)},)")
-    bad = np.flatnonzero(~np.isfinite(rewards))
+        with put_back():
+            result = reward(images.copy(), list(prompts))       # copies: some write into them
+    except InputError as error:
+        raise InputError(f"{name} failed on {which}: {error}")
+    except (Exception, SystemExit) as error:
+        frame = error.__traceback__.tb_next         # the reward's own, if it is written in Python
+        line = f" in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""
+        raise InputError(f"{name} failed on {which}{line} ({type(error).__name__}: {first_line(error)}); mend it there")
+    try:
+        rewards = np.asarray(result.detach().cpu().double() if isinstance(result, torch.Tensor) else result)
+        found = f"shape {rewards.shape} and type {rewards.dtype}"
+    except Exception:       # lists of unequal lengths, tensors elsewhere
+        rewards, found = np.empty(0), "parts that do not fit together"
+    if rewards.shape != (len(images),) or rewards.dtype.kind not in "biuf":
+        raise InputError(f"{name} returned a {type(result).__name__} of {found} for {which}; expected one real number "
+                         f"for each image, shape ({len(images)},)")
+    rewards = rewards.astype(np.float64)
+    bad = np.flatnonzero(~(np.abs(rewards) <= LARGEST))
     if len(bad):
         which = ", ".join(f"{first + i} ({prompts[i]!r})" for i in bad[:5]) + (" ..." if len(bad) > 5 else "")
-        raise InputError(f"{name} is {rewards[bad[0]]} for {len(bad)} of {len(images)} images; by their number in "
-                         f"the epoch: {which}; expected numbers")
+        raise InputError(f"{name} is {rewards[bad[0]]:g} for {len(bad)} of {len(images)} images; by their number in "
+                         f"the epoch: {which}; expected numbers, at most {LARGEST:g}")
     return rewards

@@ -32,7 +32,8 @@ def sample_noise(seeds, steps, shape):
 
     seeds: list of B int; shape: (4, h, w). Returns float32 (B, steps + 1, 4, h, w): x_T, then one a step.
     """
-    return torch.stack([torch.randn(steps + 1, *shape, generator=torch.Generator().manual_seed(int(seed)))
+    place = dict(dtype=torch.float32, device="cpu")         # not the defaults, which a reward may change meanwhile
+    return torch.stack([torch.randn(steps + 1, *shape, generator=torch.Generator().manual_seed(int(seed)), **place)
                         for seed in seeds])
 
 

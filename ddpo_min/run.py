@@ -1,30 +1,36 @@
 """The life of a run around its epochs: evaluations, log, checkpoints, how it stops and how it goes on."""
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__, figures
-from .cli import command
+from .cli import ON_RESUME, command, how_to_resume
 from .device import peak_memory_mb
-from .files import InputError, NotFinite
-from .folder import Folder
+from .figures import number
+from .files import InputError, NotFinite, uninterrupted
+from .folder import Folder, sha256
+from .metrics import spread
 from .progress import Progress
 from .weights import SHIPPED
 
 # What the line of an epoch shows of its metrics, where they are there
 SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
-         ("max_ratio_error", "ratio error {:.0e}"), ("eval_reward", "evaluation {:.3f}"))
+         ("max_ratio_error", "ratio error {:.0e}"))
+
+ALL_EQUAL = "; all rewards are equal, so nothing can be learned from them"
 
 
 class Run:
     """One training: its settings, folder, history (a dict of metrics for each epoch) and, at last, its result."""
 
     def __init__(self, settings):
-        """Raises InputError if the folder cannot be used."""
+        """Raises InputError if the folder cannot be used, or cannot be resumed."""
         self.settings = settings
         self.files = Folder(settings.out, settings.resume)
+        if settings.resume:
+            self.files.check(self.kept)
         self.progress = Progress(settings.epochs, settings.samples, settings.inner_epochs)
         self.history, self.result, self.finished, self.started = [], None, 0, time.time()
 
@@ -32,6 +38,12 @@ class Run:
     def folder(self):
         """Its path."""
         return self.files.path
+
+    @property
+    def kept(self):
+        """{name: value} of the settings that a run keeps when it is resumed."""
+        return {name: value for name, value in asdict(self.settings).items()
+                if name not in {*ON_RESUME, "out", "resume"}}
 
     @property
     def init_lora(self):
@@ -44,63 +56,84 @@ class Run:
         """Around the loop: yields the epochs that are left, from 0; then evaluates and draws the figures.
 
         Ctrl-C ends the loop at the last epoch that is finished. So does an InputError (a reward that fails, numbers
-        that are not finite), which is raised again and says how to go on.
+        that are not finite, a full disk), which is raised again and says how to go on.
         """
-        self.learner, self.evaluation = learner, evaluation
-        if self.settings.resume:
-            self.load()
-            self.write_config()
-        else:
-            self.begin()
+        self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
+        self.go_on() if self.settings.resume else self.begin()
         self.progress.open(self.finished)
         try:
-            yield self.progress.epochs_from(self.finished)
-        except KeyboardInterrupt:
-            self.load()
-            self.progress.write(f"stopped after epoch {self.finished}; go on with --resume {self.folder} "
-                                f"--epochs {self.settings.epochs}")
+            try:
+                yield self.progress.epochs_from(self.finished)
+            except KeyboardInterrupt:
+                self.load()
+                self.progress.write(f"stopped after epoch {self.finished}; go on with "
+                                    f"{how_to_resume(self.settings, self.folder)} --epochs {self.settings.epochs}")
+            finally:
+                self.progress.close()
+            self.finish()
         except InputError as error:
-            self.load()
-            self.save_learned()
+            try:
+                self.load()
+            except InputError:              # the folder itself is lost
+                raise error
+            with suppress(InputError):      # a full disk has no room for it
+                self.save_learned()
             raise InputError(f"{error}; {self.finished} finished epochs are saved, go on with "
-                             f"--resume {self.folder}") from error
-        finally:
-            self.progress.close()
-        self.finish()
+                             f"{how_to_resume(self.settings, self.folder)}") from error
 
     def begin(self):
-        """The evaluation before training; only then the folder: a reward that cannot work leaves none behind."""
+        """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
         images, rewards, scores = self.evaluation.run()
         self.files.create(self.settings.reward)
+        try:
+            self.write_config()
+            self.files.keep_before(images, rewards, scores)
+            self.files.add_row(0, images[self.evaluation.shown])
+            self.save()
+        finally:
+            if not (self.folder / "state.pt").exists():
+                self.files.remove()
+        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {number(rewards.mean())}; to {self.folder}/"
+              + (ALL_EQUAL if len(rewards) > 1 and rewards.min() == rewards.max() else ""))
+
+    def go_on(self):
+        """Take up the last checkpoint, and write anew what a killed run had not written after it."""
+        self.load()
+        for name, now in self.evaluation.scorer.files.items():
+            if self.reward_files.get(name, now) != now:
+                print(f"  {name}: its file has changed since the run began; rewards from before are not comparable")
         self.write_config()
-        print(f"  {self.settings.reward} on {len(rewards)} held-out seeds: {rewards.mean():.3f}; to {self.folder}/")
-        self.files.keep_before(images, rewards, scores)
-        self.files.add_row(0, images[self.evaluation.shown])
-        self.save()
+        self.publish()
+        self.show()
 
     def write_config(self):
-        """config.json: every setting of the run."""
-        self.files.write_json("config.json", dict(asdict(self.settings), out=str(self.folder), resume=""))
+        """config.json: every setting of the run, and their checksum."""
+        config = dict(asdict(self.settings), out=str(self.folder), resume="")
+        self.files.write_json("config.json", dict(config, sha256=sha256(config)))
 
     def log(self, epoch, rewards, scores, metrics):
-        """An epoch is over: evaluate if it is time, print and keep its metrics, save a checkpoint and pictures.
+        """An epoch is over: evaluate if it is time, save a checkpoint and the metrics, then print them, draw pictures.
 
         epoch: from 0; rewards: (N,); scores: {name: (N,)}; metrics: of the update.
         """
         s, finished = self.settings, epoch + 1
-        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=rewards.std(), reward_min=rewards.min(),
+        line = dict(epoch=finished, reward_mean=rewards.mean(), reward_std=spread(rewards), reward_min=rewards.min(),
                     reward_max=rewards.max(), **metrics, **self.progress.rates())
         if s.eval_every and finished % s.eval_every == 0:
             line.update(self.evaluate_between())
         line.update({f"score_{name}": own.mean() for name, own in scores.items()},
                     peak_memory_mb=peak_memory_mb(self.learner.optimizer.parameters[0].device))
         self.history.append({name: value if isinstance(value, list) else float(value) for name, value in line.items()})
-        self.files.write_metrics(self.history)
-        self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
         self.finished = finished
-        self.save()
-        if finished % s.show_every == 0 and finished < s.epochs:
-            self.files.add_row(finished, self.evaluation.draw_shown())
+        with uninterrupted():
+            self.save()
+        self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
+        self.show()
+
+    def show(self):
+        """A row of samples.png, if it is time for one."""
+        if self.finished % self.settings.show_every == 0 and self.finished < self.settings.epochs:
+            self.files.add_row(self.finished, self.evaluation.draw_shown())
 
     def evaluate_between(self):
         """The means of an evaluation; none if a reward fails, for the epoch just finished must not be lost."""
@@ -114,10 +147,16 @@ class Run:
         return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
 
     def save(self):
-        """A checkpoint; the LoRA's file with it, a complete model's at the end only: state.pt has it already."""
+        """The checkpoint; once it is written an epoch is safe."""
+        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history,
+                                    settings=self.kept, reward_files=self.reward_files))
+        self.publish()
+
+    def publish(self):
+        """What the checkpoint has, for other programs; a complete model at the end only, it is large."""
+        self.files.write_metrics(self.history)
         if self.learner.lora:
             self.save_learned()
-        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history))
 
     def save_learned(self, **story):
         """Write the LoRA, or the complete model, with its story in its metadata."""
@@ -126,28 +165,29 @@ class Run:
                           base=Path(s.weights).name or SHIPPED.name, command=command(s), version=__version__, **story)
 
     def load(self):
-        """Go on from the last checkpoint; an epoch that was logged but not saved is dropped."""
+        """Back to the last checkpoint."""
         state = self.files.read_state(self.learner)
         self.finished, self.history = state["epoch"], state["history"]
-        self.files.write_metrics(self.history)
+        self.reward_files = state.get("reward_files", self.reward_files)
 
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
         print("evaluating on the held-out seeds ...")
-        self.save_learned()         # before anything else can fail
+        self.save_learned()         # these two before anything else can fail
+        if self.history:
+            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         images, rewards, scores = self.evaluation.run()
         self.files.add_row(self.finished, images[self.evaluation.shown])
         images_before, rewards_before, scores_before = self.files.before()
         before, after = rewards_before.mean(), rewards.mean()
         self.save_learned(reward_before=before, reward_after=after)
         self.result = dict(epochs=self.finished, samples=len(rewards), reward_before=before, reward_after=after,
-                           reward_std_before=rewards_before.std(), reward_std_after=rewards.std(),
-                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()})
+                           reward_std_before=spread(rewards_before), reward_std_after=spread(rewards),
+                           scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()
+                                   if name in scores_before})
         self.files.write_json("result.json", self.result)
-        if self.history:
-            figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         shown, prompts = self.evaluation.shown, self.evaluation.prompts
-        captions = [[f"{prompts[i]}: {r[i]:.2f}" for i in shown] for r in (rewards_before, rewards)]
+        captions = [[f"{number(r[i], 2)}  {prompts[i]}" for i in shown] for r in (rewards_before, rewards)]
         figures.save_png(self.folder / "before_after.png", figures.grid([images_before[shown], images[shown]], captions,
                                                                         labels=["before", "after"]))
         print(describe_result(self.settings.reward, self.result, time.time() - self.started))
@@ -157,19 +197,22 @@ class Run:
 
 def describe_epoch(metrics):
     """A line on an epoch, from its metrics."""
-    line = "epoch {epoch:.0f}: reward {reward_mean:.3f} +- {reward_std:.3f} ({reward_min:.3f} to {reward_max:.3f})"
+    mean, std, least, most = (metrics[f"reward_{name}"] for name in ("mean", "std", "min", "max"))
+    line = f"epoch {metrics['epoch']:.0f}: reward {number(mean)} +- {number(std)} ({number(least)} to {number(most)})"
     line += "".join(", " + form.format(metrics[name]) for name, form in SHOWN if name in metrics)
-    line += "".join(f", {name.removeprefix('score_')} {value:.3f}" for name, value in metrics.items()
-                    if name.startswith("score_"))
-    return (line + ", {sampling_images_per_s:.1f} and {training_images_per_s:.1f} images/s, "
-            "{peak_memory_mb:.0f} MB").format(**metrics)
+    named = {"eval_reward": "evaluation", **{name: name.removeprefix("score_") for name in metrics
+                                             if name.startswith("score_")}}
+    line += "".join(f", {shown} {number(metrics[name])}" for name, shown in named.items() if name in metrics)
+    return (f"{line}, {metrics['sampling_images_per_s']:.1f} and {metrics['training_images_per_s']:.1f} images/s, "
+            f"{metrics['peak_memory_mb']:.0f} MB" + (ALL_EQUAL if least == most else ""))
 
 
 def describe_result(reward, result, seconds):
     """What the evaluation was before and after, in a line, and a line for each part or watched reward."""
     before, after = result["reward_before"], result["reward_after"]
-    change = f" ({100 * (after - before) / abs(before):+.1f}%)" if before else ""
-    lines = [f"{reward} on {result['samples']} held-out seeds: {before:.3f} before, {after:.3f} after "
-             f"{result['epochs']} epochs{change}, {seconds / 60:.1f} minutes."]
-    lines += [f"  {name}: {a:.3f} before, {b:.3f} after" for name, (a, b) in result["scores"].items()]
+    change = 100 * (after - before) / abs(before) if before else 0
+    lines = [f"{reward} on {result['samples']} held-out seeds: {number(before)} before, {number(after)} after "
+             f"{result['epochs']} epochs{f' ({change:+.1f}%)' if before and abs(change) < 1e6 else ''}, "
+             f"{seconds / 60:.1f} minutes."]
+    lines += [f"  {name}: {number(a)} before, {number(b)} after" for name, (a, b) in result["scores"].items()]
     return "\n".join(lines)

@@ -1,15 +1,17 @@
 """Rewards by name, their weighted sum, and scoring beside sampling."""
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
+from tqdm import tqdm
 
 from . import clip_rewards
 from .files import InputError
-from .rewards import REWARDS, WITH_NETWORKS, find_own, score
+from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
 from .vlm import alignment
 from .vlm import check as check_vlm
 
 IN_THREADS = {"jpeg", "incompressible", "vlm"}      # these may be called from several threads at once
+PATIENCE = 600      # seconds to wait for scores without a word
 
 
 def parse_rewards(text, flag="--reward"):
@@ -60,30 +62,62 @@ class Scorer:
         the name of the sum, which is not a part of itself."""
         self.weights, self.functions, self.total = weights, functions, total
         self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
+        self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
+                      if name not in REWARDS and name not in WITH_NETWORKS}
         self.pending, self.count = [], 0
+        self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 
     def add(self, images, prompts):
         """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str. Raises what a reward raised before."""
-        if any(scores.done() and scores.exception() for scores in self.pending):
+        if self.failed():
             self.collect()         # raises: no need to draw the rest of the epoch
         self.pending.append(self.pool.submit(self.score, images, prompts, self.count))
         self.count += len(images)
 
+    def failed(self):
+        """Whether a reward has raised."""
+        return any(scores.done() and scores.exception() for scores in self.pending)
+
     def score(self, images, prompts, first):
-        """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch."""
-        return {name: score(function, images.copy(), prompts, f"reward {name}", first)     # a copy: some write into it
-                for name, function in self.functions.items()}
+        """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch.
+
+        A reward that is only watched and fails is left out until collect().
+        """
+        scores = {}
+        for name, function in self.functions.items():
+            try:
+                if name not in self.missing:
+                    scores[name] = score(function, images, prompts, f"reward {name}", first)
+            except InputError as error:
+                if name in self.weights:
+                    raise
+                self.missing[name] = str(error)
+        return scores
 
     def collect(self):
         """Wait for everything added: (rewards (N,), {name: scores (N,)} of a sum's parts and of what is watched).
 
-        Raises what a reward raised.
+        With the vision-language reward, the scores have "empty_answers", too: 1 where it scores exactly 0. Raises what
+        a reward raised, and InputError if all these are empty.
         """
         try:
+            if wait(self.pending, PATIENCE, FIRST_EXCEPTION).not_done and not self.failed():
+                tqdm.write(f"reward {', '.join(self.functions)}: no answer for {PATIENCE} s; if it hangs, press Ctrl-C "
+                           "twice, mend it and go on with --resume")
             parts = [scores.result() for scores in self.pending]
+            missing = self.missing
         finally:
             self.forget()
-        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions}
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions
+                  if name not in missing}
+        if "vlm" in scores:
+            scores["empty_answers"] = (scores["vlm"] == 0).astype(float)
+            if scores["empty_answers"].all() and "vlm" in self.weights:
+                raise InputError(f"reward vlm: all {len(scores['vlm'])} answers of the vision-language model are empty "
+                                 "or have nothing in common with the prompt; see --vlm-model and --vlm-question")
+        for name in missing.keys() - self.reported:
+            tqdm.write(f"{missing[name]}; it is only watched: the run goes on, without it where it fails")
+        self.reported |= missing.keys()
         rewards = sum(weight * scores[name] for name, weight in self.weights.items())
         return rewards, {name: own for name, own in scores.items() if name != self.total}
 
@@ -91,7 +125,7 @@ class Scorer:
         """Drop what was added and not collected."""
         for scores in self.pending:
             scores.cancel()
-        self.pending, self.count = [], 0
+        self.pending, self.count, self.missing = [], 0, {}
 
 
 def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):

@@ -65,8 +65,8 @@ class Settings:
     vlm_url: str = "http://localhost:8000/v1"  # an OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp, LM Studio
     vlm_model: str = ""             # name of the vision-language model on that server [LLaVA]
     vlm_question: str = "Answer concisely: what is going on in this image?"  # what it is asked [code: the same]
-    vlm_reference: str = "The image contains {prompt}"  # what its answer is compared with [code: the same]
-    vlm_encoder: str = ""           # FILE.py:FUNCTION for BERTScore; empty: the model's own text encoder [DeBERTa]
+    vlm_reference: str = "{prompt}"  # what its answer is compared with [code: The image contains {prompt}]
+    vlm_encoder: str = ""           # FILE.py:FUNCTION for BERTScore; empty: the model's own token embeddings [DeBERTa]
     vlm_idf: bool = False           # weight tokens by their rarity among the prompts
     vlm_parallel: int = 8           # requests in flight
     vlm_timeout: float = 60.0       # seconds to wait for an answer
@@ -78,7 +78,7 @@ class Settings:
     dtype: str = "float32"          # of the frozen networks: float32, bfloat16, or float16 on GPUs before 2020
     checkpointing: bool = False     # compute activations again in the backward pass: less memory, a third more time
     compile: bool = False           # torch.compile the UNet, in sampling and training; takes minutes at the start
-    resume: str = ""  # folder of a run to go on with; only epochs, device, batch, checkpointing, compile may change
+    resume: str = ""                # folder of a run to go on with; docs/metrics.md has the settings that may change
 
     @property
     def regression(self):

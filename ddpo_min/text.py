@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .files import shown
 from .layers import attention
 
 END_OF_TEXT = 49407     # ends a prompt, and pads it in Stable Diffusion 1.x; OpenCLIP, and so 2.x, pads with 0
@@ -47,6 +48,18 @@ def tokenize(prompts, positions=77, padding=END_OF_TEXT):
     ids = _tokenizer(positions)(list(prompts))
     end = (ids == END_OF_TEXT).int().argmax(dim=1, keepdim=True)
     return torch.where(torch.arange(positions)[None] > end, padding, ids)
+
+
+def cut_prompts(prompts, positions=77):
+    """A line about the prompts that tokenize() cuts, with the longest and how many tokens it loses; "" if none."""
+    room = positions - 2        # without start and end; a token is at least a byte, so most prompts need no counting
+    lost = {prompt: len(_tokenizer(positions).encode(prompt)) - room for prompt in prompts
+            if len(prompt.encode()) > room}
+    if max(lost.values(), default=0) <= 0:
+        return ""
+    longest, others = max(lost, key=lost.get), sum(n > 0 for n in lost.values()) - 1
+    return (f'warning: the prompt "{shown(longest)}" loses its last {lost[longest]} token{"s" * (lost[longest] > 1)}, '
+            f"because the model reads {room}" + f" (also cut: {others} more)" * (others > 0))
 
 
 class Embeddings(nn.Module):

@@ -200,7 +200,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, context):
         """Predict the noise in x_t.
 
-        x_t: (B, 4, H, W) latents, H and W divisible by 2^(levels - 1); t: (B,) timesteps 0..999;
+        x_t: (B, 4, H, W) latents of any H and W; t: (B,) timesteps 0..999;
         context: (B, tokens, context_width) from the text encoder. Returns eps, with x_t's shape and dtype.
         """
         time = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
@@ -218,5 +218,5 @@ class UNet(nn.Module):
             for i in range(len(level.resnets)):
                 x = self.run(level.block, i, torch.cat([x, skips.pop()], dim=1), time, context)
             if level.upsamplers is not None:
-                x = level.upsamplers[0](x)
+                x = level.upsamplers[0](x, skips[-1].shape[-2:])     # an odd side was rounded up when it was halved
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .chat import API_KEY_ENV, ChatModel, check_server, read_key
-from .files import InputError
-from .rewards import find_own
+from .files import InputError, first_line
+from .rewards import find_own, put_back
 from .text import END_OF_TEXT, tokenize
 
 
@@ -38,25 +38,21 @@ def idf_weights(token_lists):
 
 
 class TextEmbedder:
-    """Every token of a text, embedded by Stable Diffusion's own text encoder, the marks and the padding left out.
+    """Every token of a text by the table of embeddings of Stable Diffusion's own text encoder, without its layers.
 
-    The paper's encoder is DeBERTa, which reads in both directions; CLIP's reads from left to right, so a token's
-    embedding knows only what stands before it.
+    The paper's encoder is DeBERTa, which reads in both directions. CLIP reads from left to right: behind its layers a
+    token knows only what stands before it, and answers would be judged by how they begin.
     """
 
     def __init__(self, text_encoder):
-        self.encoder = text_encoder
+        self.config, self.table = text_encoder.config, text_encoder.text_model.embeddings.token_embedding.weight
 
-    @torch.no_grad()
     def __call__(self, texts):
-        """List of B str -> list of B (tokens: list of n int, embeddings (n, width))."""
-        ids = tokenize(texts, self.encoder.config.positions, self.encoder.config.padding)
-        device = self.encoder.text_model.final_layer_norm.weight.device
-        hidden = self.encoder(ids.to(device)).float().cpu()
+        """List of B str -> list of B (tokens: list of n int, embeddings (n, width)), without start, end and padding."""
         out = []
-        for row, states in zip(ids, hidden):
-            length = int((row == END_OF_TEXT).nonzero()[0])         # the first end mark; the start mark is at 0
-            out.append((row[1:length].tolist(), states[1:length]))
+        for row in tokenize(texts, self.config.positions, self.config.padding):
+            tokens = row[1:int((row == END_OF_TEXT).nonzero()[0])]         # up to the first end mark
+            out.append((tokens.tolist(), self.table[tokens.to(self.table.device)].detach().float().cpu()))
         return out
 
 
@@ -83,8 +79,9 @@ class Alignment:
         idf: whether to weight tokens by their rarity among them."""
         self.chat, self.encoder, self.reference = chat, encoder, reference
         self.one_at_a_time = threading.Lock()   # the reward is called in several threads; an encoder may not allow that
+        self.by_rarity = idf
         self.rarest = float(np.log(len(prompts) + 1))       # the idf of a token that no training prompt has
-        self.idf = idf_weights([tokens for tokens, _ in self.references(prompts)]) if idf else {}
+        self.idf = idf_weights([tokens for tokens, _ in self.references(prompts)])
 
     def __call__(self, images, prompts):
         """uint8 (B, H, W, 3), list of B str -> list of B float. Raises InputError if the server gives no answer."""
@@ -96,11 +93,24 @@ class Alignment:
         return self.embed([self.reference.replace("{prompt}", prompt) for prompt in prompts])
 
     def embed(self, texts):
-        with self.one_at_a_time:
-            return self.encoder(texts)
+        """What the encoder says of each text: (tokens, embeddings float32 (n, d)). Raises InputError if it fails."""
+        try:
+            with self.one_at_a_time, put_back():
+                found = [(list(tokens), torch.as_tensor(rows).detach().float().cpu())
+                         for tokens, rows in self.encoder(texts)]
+        except (Exception, SystemExit) as error:
+            raise InputError(f"--vlm-encoder: failed on {len(texts)} texts, the first {texts[0]!r} "
+                             f"({type(error).__name__}: {first_line(error)}); mend it there")
+        if len(found) != len(texts) or any(rows.ndim != 2 or len(rows) != len(tokens) for tokens, rows in found):
+            shapes = ", ".join(f"{len(tokens)} and {tuple(rows.shape)}" for tokens, rows in found[:3])
+            raise InputError(f"--vlm-encoder: returned tokens and embeddings of the shapes {shapes} for {len(texts)} "
+                             "texts; expected n tokens and (n, d) for each text")
+        return found
 
     def weights(self, tokens):
-        return torch.tensor([self.idf.get(token, self.rarest) for token in tokens]) if self.idf else None
+        """How much each token of a reference counts: its idf, or 1; but 0 if every reference has it."""
+        idf = torch.tensor([self.idf.get(token, self.rarest) for token in tokens])
+        return idf if self.by_rarity else (idf > 0).float()
 
 
 def alignment(text_encoder, prompts, *, url, model, question, reference, encoder, idf, parallel, timeout, retries,

@@ -3,8 +3,10 @@
 Sizes come from the tensors' shapes. Networks are built on the meta device, without memory, and the tensors are assigned
 one by one, so the peak memory of loading is little more than the weights.
 """
+import copy
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +16,9 @@ from torch import nn
 
 from . import layout
 from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, count, open_folder, open_single_file
-from .files import InputError, atomic
+from .files import InputError, NotFinite, atomic, shown
 from .hub import fetch
-from .text import TextConfig, TextEncoder, tokenize
+from .text import END_OF_TEXT, TextConfig, TextEncoder, tokenize
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -42,16 +44,17 @@ class StableDiffusion:
     def latent_shape(self, width, height):
         """(h, w) of the latent of a picture of width x height pixels. Raises InputError if they do not fit."""
         factor = 2 ** (len(self.vae.config.widths) - 1)
-        multiple = factor * 2 ** (len(self.unet.config.widths) - 1)
-        if width % multiple or height % multiple:
-            raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {multiple}, "
-                             "because this model's networks halve the side several times")
+        if width % factor or height % factor:
+            raise InputError(f"--size {width}x{height}: expected WIDTHxHEIGHT in pixels, multiples of {factor}, "
+                             "because a pixel of this model's latents is that many pixels of the picture")
         return height // factor, width // factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """Prompts (list of B str) -> context (B, 77, width) for the UNet."""
         device, config = self.text_encoder.text_model.final_layer_norm.weight.device, self.text_encoder.config
+        if config.vocabulary <= END_OF_TEXT:
+            raise InputError(f"the model's text encoder knows {config.vocabulary} tokens; expected CLIP's 49408")
         return self.text_encoder(tokenize(prompts, config.positions, config.padding).to(device))
 
 
@@ -65,10 +68,7 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
     name, path = Path(path).name, fetch(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {SUPPORTED}")
-    try:
-        sources, constants = open_folder(path) if path.is_dir() else open_single_file(path)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{path}: its metadata or config.json cannot be understood ({error}); {SUPPORTED}") from error
+    sources, constants = open_folder(path) if path.is_dir() else open_single_file(path)
     networks, lines = [], []
     for part, build in ("unet", _build_unet), ("vae", _build_vae), ("text", _build_text):
         tensors = sources[part]
@@ -76,35 +76,65 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
         try:
             with torch.device("meta"):
                 network = build(shapes, constants)
-        except (KeyError, IndexError, ValueError, TypeError, ArithmeticError) as error:
-            raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure ({error}); "
-                             f"{SUPPORTED}") from error
+        except KeyError as error:
+            raise InputError(f"{path}: its {part} has no tensor {shown(error.args[0])}, which Stable Diffusion has; "
+                             f"{SUPPORTED}")
+        except (IndexError, ValueError, ArithmeticError, RuntimeError):     # too few dimensions, groups that do not fit
+            raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure: shapes of tensors, or "
+                             f"numbers in its metadata or config.json, do not fit together; {SUPPORTED}")
         _assign(network, tensors, path, part, device, dtype)
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
     model = StableDiffusion(*networks, image_size=constants["image_size"], report=f"{name}: " + "; ".join(lines))
-    if model.unet.config.linear and not constants["prediction"] and dtype is not None:
-        refuse_v_prediction(model, path)
+    _refuse_misfits(model, path)
+    if not constants["prediction"] and torch.device(device).type != "meta":
+        refuse_other_predictions(model, path)
     return model
 
 
+def _refuse_misfits(model, path):
+    """Raise InputError if the networks, each of which is complete, do not work with each other or with their sizes."""
+    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
+    multiple = 2 ** (len(unet.widths) - 1)
+    for fits, what in (
+            (unet.context_width == text.width,
+             f"its UNet reads texts as vectors of {unet.context_width} numbers, its text encoder writes {text.width}"),
+            (unet.in_channels == unet.out_channels == vae.latent_channels == 4,
+             f"its UNet reads {unet.in_channels} channels and writes {unet.out_channels}, its autoencoder has "
+             f"{vae.latent_channels}; expected 4"),
+            (unet.widths[0] % 2 == 0 and text.width % text.heads == 0 and (text.used or 0) <= text.layers
+             and all(unet.heads_at(width) and width % unet.heads_at(width) == 0 for width in unet.widths),
+             "the numbers of heads or layers in its metadata or config.json do not fit its tensors"),
+            (model.latent_size and model.latent_size % multiple == 0,
+             f"its image size of {model.image_size} pixels gives latents of {model.latent_size}, not a multiple of "
+             f"{multiple}")):
+        if not fits:
+            raise InputError(f"{path}: {what}; {SUPPORTED}")
+
+
 @torch.no_grad()
-def refuse_v_prediction(model, path):
-    """Test a 2.x model whose files do not say what it predicts. Raises InputError if it seems to be v.
+def refuse_other_predictions(model, path):
+    """Test a model whose files do not say what it predicts. Raises InputError if it does not seem to be the noise.
 
     v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0    [Salimans and Ho, Sec. 4]
     At t = 999, x_t is nearly all noise: a prediction of eps is about x_t, one of v about -x0, which hardly correlates
     with x_t.
     """
+    dtypes = {p.dtype for network in (model.unet, model.text_encoder) for p in network.parameters()}
+    if len(dtypes) > 1 or min(dtype.itemsize for dtype in dtypes) == 1:     # loaded to be saved again, not to be run
+        model = replace(model, unet=copy.deepcopy(model.unet).float(),
+                        text_encoder=copy.deepcopy(model.text_encoder).float())
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
-    x_t = torch.randn(1, 4, model.latent_size, model.latent_size, generator=torch.Generator().manual_seed(0))
-    out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]).to(dtype))
+    side = min(model.latent_size, max(32, 2 ** (len(model.unet.config.widths) - 1)))      # a larger one tells no more
+    x_t = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+    out = model.unet(x_t.to(device, dtype), torch.tensor([999], device=device), model.encode_prompts([""]))
+    if not torch.isfinite(out).all():
+        raise NotFinite(f"{path}: its UNet's outputs for pure noise")
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
-    if not correlation >= 0.5:      # also refuses nan
+    if not correlation >= 0.5:      # also refuses nan, of an output that is the same everywhere
         raise InputError(f"{path}: its UNet's output for pure noise is not that noise (correlation {correlation:.2f}); "
-                         "it seems to predict v, like the 768-pixel models of 2.x. If it predicts noise, pass a "
-                         'diffusers folder with "prediction_type": "epsilon" in scheduler/scheduler_config.json; '
-                         + SUPPORTED)
+                         'it seems to predict v; if not, say "prediction_type": "epsilon" in a diffusers folder\'s '
+                         f"scheduler_config.json; {SUPPORTED}")
 
 
 def is_small(path):
@@ -138,8 +168,9 @@ def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_s
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     metadata = dict(unet_heads=unet.config.heads, unet_head_width=unet.config.head_width, image_size=image_size,
                     unet_groups=unet.config.groups, vae_groups=vae.config.groups, latent_scale=vae.config.latent_scale,
-                    text_heads=text_encoder.config.heads, text_used=text_encoder.config.used or 0)
-    metadata[PREDICTION] = "epsilon"
+                    text_heads=text_encoder.config.heads, text_used=text_encoder.config.used or 0,
+                    text_openclip=int(text_encoder.config.openclip))
+    metadata[PREDICTION] = "epsilon"        # load_stable_diffusion() lets no other model in
     if details:
         metadata["ddpo_min"] = json.dumps(details)
     with atomic(path) as temporary:
@@ -185,7 +216,7 @@ def _build_text(shapes, constants):
         vocabulary=vocabulary, width=width, positions=shapes["text_model.embeddings.position_embedding.weight"][0],
         layers=count(shapes, "text_model.encoder.layers.%d.mlp.fc1.weight"), heads=constants["text_heads"],
         inner=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0], used=constants["text_used"] or None,
-        openclip=constants["openclip"]))
+        openclip=bool(constants["text_openclip"])))
 
 
 def _assign(network, tensors, path, part, device, dtype):
@@ -194,13 +225,27 @@ def _assign(network, tensors, path, part, device, dtype):
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise InputError(f"{path}: {part} {len(tensors)} tensors, {len(missing)} missing, {len(unexpected)} "
-                         f"unexpected; the first is {(missing + unexpected)[0]}; {SUPPORTED}")
+                         f"unexpected; the first is {shown((missing + unexpected)[0])}; {SUPPORTED}")
     for name, (shape, load) in tensors.items():
         as_linear = len(shape) == 4 and len(wanted[name]) == 2 and shape[2:] == (1, 1)
         if (shape[:2] if as_linear else shape) != wanted[name]:
-            raise InputError(f"{path}: {part} tensor {name} has shape {shape}, expected {wanted[name]}; {SUPPORTED}")
-        tensor = load().reshape(wanted[name]).to(device, dtype)
+            raise InputError(f"{path}: {part} tensor {name} has shape {shown(shape)}, expected {wanted[name]}; "
+                             f"{SUPPORTED}")
+        loaded = load()
+        tensor = loaded.reshape(wanted[name]).to(device, dtype)
+        if not _finite(tensor):
+            raise InputError(f"{path}: {part} tensor {name} " + (
+                f"overflows in {dtype}; give another --dtype" if _finite(loaded) else
+                "has numbers that are not finite; the file is damaged, or was saved by a training that failed"))
         if tensor.ndim == 4:        # convolutions are faster in this memory format, and their outputs keep it
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _finite(tensor):
+    """Whether all numbers of a tensor are finite; on the meta device, where it has none, True."""
+    if tensor.is_meta:
+        return True
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor     # float8 has no aminmax
+    return all(map(math.isfinite, torch.aminmax(tensor)))           # 20 to 90 times faster than isfinite().all()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ddpo_min import __version__, cli
 from ddpo_min.cli import ON_RESUME, check_settings, command, describe, make_parser, make_settings, read_settings
 from ddpo_min.files import InputError
+from ddpo_min.folder import sha256
 from ddpo_min.settings import PRESETS, Settings
 from ddpo_min.weights import SHIPPED
 
@@ -96,7 +97,7 @@ def test_help_ends_well(capsys):
 def test_part_takes_the_prefix_away():
     s = Settings(vlm_model="m", vlm_idf=True)
     assert s.part("vlm_") == dict(url="http://localhost:8000/v1", model="m", question=s.vlm_question,
-                                  reference="The image contains {prompt}", encoder="", idf=True, parallel=8,
+                                  reference="{prompt}", encoder="", idf=True, parallel=8,
                                   timeout=60.0, retries=4, api_key_env="OPENAI_API_KEY")
     assert s.part("eval_") == dict(samples=180, prompts="", every=0)
 
@@ -236,7 +237,8 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--lr inf", "--lr inf: expected a number above 0"),
     ("--beta1 1", "--beta1 1.0: expected a number from 0 to below 1"),
     ("--percentile 1", "--percentile 1.0: expected a number between 0 and 1"),
-    ("--kl-weight=-0.1", "--kl-weight -0.1: expected 0 or more"), ("--seed -1", "--seed -1: expected 0 or more"),
+    ("--kl-weight=-0.1", "--kl-weight -0.1: expected 0 or more"), ("--seed -1", "--seed -1: expected 0 to 2^64 - 1"),
+    (f"--seed {2 ** 64}", f"--seed {2 ** 64}: expected 0 to 2^64 - 1"),
     # sizes of minibatches, groups, buffers and windows
     ("--samples 10 --updates 4", "--samples 10: not divisible by --updates 4"),
     ("--group-size 3", "--group-size 3: 64 samples a minibatch are no whole groups"),
@@ -339,8 +341,9 @@ def test_the_rewards_are_checked_with_what_they_will_be_made_from(monkeypatch):
 def run_folder(folder, version=__version__, files=("lora.safetensors",), **saved):
     """The folder of a run as far as resuming settings needs it; returns its name."""
     folder.mkdir()
-    config = {**({"version": version} if version else {}), **asdict(make_settings(epochs=4, steps=3)), **saved}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {**asdict(make_settings(epochs=4, steps=3)), **saved}
+    marks = dict(sha256=sha256(config), **({"version": version} if version else {}))
+    (folder / "config.json").write_text(json.dumps({**config, **marks}))
     for name in ("state.pt", *files):
         (folder / name).touch()
     return str(folder)
@@ -363,7 +366,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs may change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url, --watch may "
+                                 "change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):

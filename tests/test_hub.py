@@ -48,7 +48,7 @@ def hub(tmp_path, monkeypatch):
         network.save_pretrained(files / folder, variant="fp16")
     for name in ("scheduler/scheduler_config.json", "safety_checker/config.json", "model_index.json"):
         (files / name).parent.mkdir(exist_ok=True)
-        (files / name).write_text("{}")
+        (files / name).write_text('{"prediction_type": "epsilon"}')
     fake = FakeHub("a/b", files, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
     monkeypatch.chdir(tmp_path)
@@ -67,6 +67,32 @@ def test_fp16_is_loaded_where_the_plain_variant_is_missing(hub):
     load_stable_diffusion("a/b")
     cached = {str(path.relative_to(hub.cache)) for path in hub.cache.rglob("*.safetensors")}
     assert cached == {f"{STEMS[0]}.safetensors", *(f"{stem}.fp16.safetensors" for stem in STEMS[1:])}
+
+
+def test_a_repository_without_a_scheduler_loads_like_such_a_folder(hub, monkeypatch):
+    """Also offline, where the cache remembers that there is none; what it predicts is then tested."""
+    (hub.files / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(InputError, match="output for pure noise"):
+        load_stable_diffusion("a/b")
+
+    def offline(repo, name):
+        if "scheduler" in name:
+            raise utils.LocalEntryNotFoundError(name)
+        return hub(repo, name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match="cannot be reached"):
+        fetch("a/b")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST)
+    assert fetch("a/b") == hub.cache
+
+
+def test_the_shards_of_a_network_are_downloaded(hub):
+    shutil.rmtree(hub.files / "unet")
+    unet = UNetConfig(widths=(8, 16), attention=(True, False), layers=1, context_width=16, heads=2, groups=4)
+    their_unet(unet, sample_size=8).save_pretrained(hub.files / "unet", max_shard_size="100KB")
+    load_stable_diffusion("a/b")
+    shards = {path.name for path in (hub.files / "unet").glob("*.safetensors")}
+    assert len(shards) > 1 and shards == {path.name for path in (hub.cache / "unet").glob("*.safetensors")}
 
 
 def test_one_file_of_a_repository_and_its_preset(hub, tiny_file):

@@ -322,8 +322,8 @@ def test_what_cannot_be_applied_is_named_in_one_line(tmp_path, capsys):
     assert layers.keys() == WIDE.keys() - {TRANSFORMER + "attn1.to_q"}       # DoRA is more than B A, so it is left out
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and f"{path}: 9 LoRA layers apply" in line
-    assert f"3 of the text encoder ({text.format(0)}, {text.format(1)}, ...)" in line
-    assert f"2 that fit no layer ({dora}, lora_unet_somewhere_else)" in line
+    assert f"3 of the text encoder ({text.format(0)}, ...)" in line
+    assert f"1 of the kind DoRA ({dora})" in line and "1 of the kind LoHa (lora_unet_somewhere_else)" in line
     kohya_file(path)
     load_lora(path, base())
     assert capsys.readouterr().out == ""

@@ -270,7 +270,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(state, words, three_epochs, 
     if isinstance(state, bytes):
         (out / "state.pt").write_bytes(state)
     else:
-        torch.save(state, out / "state.pt")
+        folder.Folder(out, True).write_state(state)
     with pytest.raises(InputError, match=words) as caught:
         train.main(["--resume", str(out), "--epochs", "4"])
     assert "\n" not in str(caught.value)

@@ -63,7 +63,7 @@ def test_the_scorer_keeps_the_order_and_weighs_the_sum():
         scorer.add(images[part], ["x" * int(n) for n in images[part, 0, 0, 0]])
     total, scores = scorer.collect()
     assert total.tolist() == [0, 1, 2, 3, 4, 5] == scores["vlm"].tolist() and scores["incompressible"].sum() == 6
-    scorer.add(images[:1], [""])
+    scorer.add(images[:1], ["x"])
     assert len(scorer.collect()[0]) == 1
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import train
 from ddpo_min import chat, vlm
 from ddpo_min.files import InputError
+from ddpo_min.text import tokenize
 from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, metrics
 
@@ -61,10 +62,11 @@ def test_idf_is_bertscores():
 
 def test_texts_are_embedded_token_by_token_without_marks(tiny_file):
     model = load_stable_diffusion(tiny_file)
-    (tokens, states), (other, _) = vlm.TextEmbedder(model.text_encoder)(["a fox", "a fox runs"])
-    assert len(tokens) == len(states) == 2 and other[:2] == tokens and len(other) == 3
-    context = model.encode_prompts(["a fox"])[0]
-    assert torch.allclose(states, context[1:3], atol=1e-6)
+    (tokens, rows), (other, _), (none, empty) = vlm.TextEmbedder(model.text_encoder)(["a fox", "a fox runs", ""])
+    assert len(tokens) == len(rows) == 2 and other[:2] == tokens and len(other) == 3
+    start, *expected = tokenize(["a fox"])[0, :3].tolist()
+    assert tokens == expected and none == [] and empty.shape == (0, 16) and not rows.requires_grad
+    assert torch.equal(rows, model.text_encoder.text_model.embeddings.token_embedding.weight[expected])
 
 
 # A small server, and what is asked of it
@@ -319,10 +321,11 @@ def test_a_server_that_is_back_is_asked_again_but_not_while_a_failed_batch_is_in
 
 # The API key
 
-def test_the_key_arrives_as_a_bearer_token_and_only_where_it_should(monkeypatch):
+def test_the_key_arrives_as_a_bearer_token_and_only_where_it_should(tiny_file, monkeypatch):
     monkeypatch.setenv("OTHER_KEY", KEY)
+    encoder = load_stable_diffusion(tiny_file).text_encoder
     with Server(lambda k, body: "a cat") as server:
-        reward = vlm.alignment(None, [], **{**SETTINGS, "url": server.url}, question="?", idf=False, parallel=1,
+        reward = vlm.alignment(encoder, [], **{**SETTINGS, "url": server.url}, question="?", idf=False, parallel=1,
                                timeout=5, retries=0, api_key_env="OTHER_KEY")
         reward.chat.describe(BLACK)
         monkeypatch.setenv("OPENAI_API_KEY", "ours")
@@ -452,14 +455,17 @@ def test_the_alignment_reward_prefers_the_description_that_says_the_prompt(tiny_
 
 
 def test_idf_weighs_the_rare_words_and_an_encoder_of_ones_own_is_used(tmp_path):
-    """Words at right angles: a reference's word is found or not, so the reward is the share of the weight found."""
+    """Words at right angles: a reference's word is found or not, so the reward is the share of the weight found.
+
+    "the" is in every reference and counts nothing.
+    """
     (tmp_path / "words.py").write_text(
         "import torch\nWORDS = 'the a cat fox'.split()\n\n\ndef embed(texts):\n"
         "    return [(text.split(), torch.eye(4)[[WORDS.index(word) for word in text.split()]]) for text in texts]\n")
     more = dict(question="?", parallel=1, timeout=5, retries=0, encoder=f"{tmp_path / 'words.py'}:embed",
                 reference="the {prompt}")
     with Server(lambda k, body: "the fox") as server:
-        for idf, expected in ((False, 2 / 3), (True, math.log(3) / (math.log(3) + math.log(1.5)))):
+        for idf, expected in ((False, 1 / 2), (True, math.log(3) / (math.log(3) + math.log(1.5)))):
             reward = vlm.alignment(None, ["a cat", "cat"], **{**SETTINGS, "url": server.url, **more}, idf=idf)
             assert reward(BLACK[None], ["a fox"]) == pytest.approx([expected])
 
