@@ -143,7 +143,7 @@ def sheet(images, base, prompts, columns):
             if pictures:
                 rows.append(np.stack(pictures[part]))
                 labels.append(name)
-                captions.append([prompt[:24] for prompt in prompts[part]])
+                captions.append(prompts[part])
     return figures.grid(rows, captions, labels if base else None)
 
 

@@ -146,7 +146,7 @@ class Folder:
             state = torch.load(path, map_location="cpu", weights_only=True, **how)
         except Exception as error:
             raise InputError(f"{path}: cannot be read ({type(error).__name__}); {instead_of_resuming(self.path)}")
-        kinds = dict(epoch=int, learner=dict, history=list, settings=dict, files=dict)
+        kinds = dict(epoch=int, learner=dict, history=list, settings=dict, reward_files=dict, files=dict)
         if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in kinds.items()):
             raise InputError(f"{path}: written by another version; {instead_of_resuming(self.path)}")
         return state

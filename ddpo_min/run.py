@@ -168,7 +168,7 @@ class Run:
         """Back to the last checkpoint."""
         state = self.files.read_state(self.learner)
         self.finished, self.history = state["epoch"], state["history"]
-        self.reward_files = state.get("reward_files", self.reward_files)
+        self.reward_files = state["reward_files"]
 
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
