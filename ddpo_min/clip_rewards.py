@@ -158,12 +158,16 @@ def load_head(path):
         numbers = sorted({int(name.split(".")[1]) for name in state})
         layers = [(state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers]
         widths = [tuple(weight.shape) for weight, _ in layers]
-        flat = all(len(w.shape) == 2 and b.shape == w.shape[:1] for w, b in layers)
+        flat = all(len(w.shape) == 2 and b.shape == w.shape[:1] for w, b in layers) and len(state) == 2 * len(layers)
+        finite = all(tensor.is_floating_point() and tensor.float().isfinite().all() for tensor in state.values())
     except Exception as error:
         raise InputError(f"--aesthetic-head {path}: not a head with tensors layers.N.weight and layers.N.bias "
                          f"({type(error).__name__}); expected {LAION_HEAD} or one of its kind")
     if not layers or not flat or widths[-1][0] != 1 or any(a[0] != b[1] for a, b in zip(widths, widths[1:])):
         raise InputError(f"--aesthetic-head {path}: its layers {widths} do not lead to one number")
+    if not finite:
+        raise InputError(f"--aesthetic-head {path}: it has numbers that are not finite, or no fractions; the file is "
+                         "damaged, download it again")
     return AestheticHead(layers)
 
 

@@ -3,12 +3,14 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Before torch is imported: one thread a process, as pyproject.toml has two processes test at once.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 os.fsync = lambda descriptor: None      # waiting for disks takes long, and no test needs to survive a power cut
 
 
