@@ -28,7 +28,7 @@ the paper's value for Stable Diffusion or, where the paper has none, that of
 its authors' code ("code")."""
 EXAMPLES = """examples:
   python train.py --reward jpeg
-      the shipped model, in about three minutes on two CPU cores
+      the shipped model, in less than three minutes on two CPU cores
   python train.py --weights stable-diffusion-v1-5/stable-diffusion-v1-5 --reward jpeg --batch auto
       Stable Diffusion 1.5 from the Hugging Face Hub, with the preset sd_lora
   python train.py --resume runs/jpeg --epochs 40
