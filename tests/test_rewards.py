@@ -166,8 +166,8 @@ def test_a_head_whose_layers_do_not_fit_is_refused(shapes, tmp_path):
     {"layers.0.bias": torch.tensor([0.0, float("nan"), 1])}, {"layers.2.weight": torch.full((1, 3), float("inf"))},
     {"layers.2.weight": torch.ones(1, 3, dtype=torch.int64)}, {"layers.0.scale": torch.ones(3)}])
 def test_a_head_with_wrong_numbers_or_tensors_of_another_kind_is_refused(change, tmp_path):
-    state = {"layers.0.weight": torch.zeros(3, 4), "layers.0.bias": torch.zeros(3), "layers.2.weight": torch.zeros(1, 3),
-             "layers.2.bias": torch.zeros(1)}
+    state = {"layers.0.weight": torch.zeros(3, 4), "layers.0.bias": torch.zeros(3),
+             "layers.2.weight": torch.zeros(1, 3), "layers.2.bias": torch.zeros(1)}
     save_file(state, tmp_path / "h.safetensors")
     clip_rewards.load_head(tmp_path / "h.safetensors")
     save_file({**state, **change}, tmp_path / "h.safetensors")
