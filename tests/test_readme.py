@@ -66,7 +66,7 @@ def test_every_equation_has_its_function_and_its_test(module, function, file, te
 
 @pytest.mark.parametrize("file, lines", FILES)
 def test_line_counts_are_true(file, lines):
-    assert abs((ROOT / file).read_text().count("\n") - int(lines)) <= 5
+    assert (ROOT / file).read_text().count("\n") == int(lines)
 
 
 def test_the_table_of_presets_is_complete():
