@@ -1,7 +1,7 @@
 """What is learned, in one object: the trained parameters, their optimizer, the statistics of the prompts' rewards."""
 import torch
 
-from .lora import add_lora, load_lora, lora_state, save_lora
+from .lora import add_lora, load_lora, lora_state, save_lora, say_other_bases
 from .optimizer import Optimizer
 from .weights import save_single_file
 
@@ -21,6 +21,7 @@ class Learner:
         else:
             self.lora = load_lora(init_lora, model.unet) if init_lora else add_lora(model.unet, rank)
             self.file, self.parameters = "lora.safetensors", lora_state(self.lora)
+            say_other_bases([init_lora] if init_lora else [], model.base)
         self.alphas = {name: float(layer.alpha) for name, layer in self.lora.items()}
         self.optimizer = Optimizer(list(self.parameters.values()), **adamw)
 
@@ -53,7 +54,7 @@ class Learner:
     def save(self, folder, **story):
         """Write the LoRA, or the complete model in Stable Diffusion's single-file layout (float32)."""
         if self.lora:
-            save_lora(folder / self.file, self.lora, **story)
+            save_lora(folder / self.file, self.lora, base_name=self.model.base, **story)
         else:
             model = self.model
             save_single_file(folder / self.file, model.unet, model.vae, model.text_encoder, torch.float32,

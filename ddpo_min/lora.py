@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
-from .files import InputError, make_folder
+from .files import InputError, make_folder, shown
 from .interchange import lora_modules, read_lora, write_lora
 from .weights import load_stable_diffusion, save_single_file
 
@@ -167,6 +168,16 @@ def load_loras(files, *networks):
     return layers
 
 
+def say_other_bases(paths, base):
+    """Print a line for each LoRA whose metadata name another base model; base: see base_name(), of this model."""
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            details = json.loads((file.metadata() or {}).get("ddpo_min", "{}"))
+        if base and details.get("base_name", base) != base:
+            print(f"{path}: trained on another base model ({shown(details.get('base', 'unknown'))}), so what it "
+                  "learned may not show here, or spoil the pictures")
+
+
 def add_up(parts):
     """One LoRA of a layer with the effect of several: [(A, B, alpha)] -> (A, B, alpha), its rank the sum of theirs.
 
@@ -187,7 +198,9 @@ def merge_loras(files, weights, out):
     """
     make_folder(Path(out).parent)
     model = load_stable_diffusion(weights, "cpu", None)
-    for name, layer in load_loras(files, model.unet, model.text_encoder).items():
+    layers = load_loras(files, model.unet, model.text_encoder)
+    say_other_bases([path for path, _ in files], model.base)
+    for name, layer in layers.items():
         dtype = layer.weight.dtype      # some dtypes saturate silently, so look at the sum before it is rounded
         if not (layer.weight.float() + layer.delta()).abs().max() <= torch.finfo(dtype).max:
             raise InputError(f"{out}: not written, because {name} plus the LoRA has numbers that are too large for "

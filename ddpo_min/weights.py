@@ -4,6 +4,7 @@ Sizes come from the tensors' shapes. Networks are built on the meta device, with
 one by one, so the peak memory of loading is little more than the weights.
 """
 import copy
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class StableDiffusion:
     text_encoder: TextEncoder
     image_size: int         # pixels a side of the pictures the model was trained on
     report: str             # one line about what was loaded
+    base: str = ""          # 16 hex digits that name the UNet's weights, see base_name()
 
     @property
     def latent_size(self):
@@ -85,11 +87,24 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
         _assign(network, tensors, path, part, device, dtype)
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
-    model = StableDiffusion(*networks, image_size=constants["image_size"], report=f"{name}: " + "; ".join(lines))
+    model = StableDiffusion(*networks, image_size=constants["image_size"], report=f"{name}: " + "; ".join(lines),
+                            base=base_name(sources["unet"]))
     _refuse_misfits(model, path)
     if not constants["prediction"] and torch.device(device).type != "meta":
         refuse_other_predictions(model, path)
     return model
+
+
+def base_name(tensors):
+    """Names a UNet's weights, so that a LoRA can say what it was trained on: 16 hex digits.
+
+    tensors: {name: (shape, function that loads it)}. The same for a file, a folder, float32 and float16 of one model:
+    two layers that every fine-tuning changes are hashed, as float16.
+    """
+    digest = hashlib.sha256()
+    for name in ("conv_out.weight", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"):
+        digest.update(tensors[name][1]().to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _refuse_misfits(model, path):

@@ -1,5 +1,6 @@
 """LoRA files beyond one LoRA of the UNet: several at once, the text encoder, other names, what must not be written."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import sample
 from conftest import randomise, their_text, their_unet, their_vae, tiny_networks
 from ddpo_min.files import InputError
 from ddpo_min.interchange import export_lora, kohya_name, lora_modules, names_in_files, write_lora
+from ddpo_min.learner import Learner
 from ddpo_min.lora import load_lora, load_loras
 from ddpo_min.unet import UNet
 from ddpo_min.weights import load_stable_diffusion, save_single_file
@@ -418,3 +420,30 @@ def test_damaged_files_are_read_right_or_refused_in_one_line(tmp_path, monkeypat
     assert {kind for kind, _ in results} == {damage.__name__ for damage in DAMAGES}
     assert {result for kind, result in results if kind == "good"} == {"read"}
     assert {result for kind, result in results if kind in ("length", "truncated", "longer", "empty")} == {"refused"}
+
+
+def test_a_lora_on_another_base_model_than_its_own_is_said(tmp_path, monkeypatch, capsys):
+    """The same weights in float32, float16 and in a folder are one base; other weights are another."""
+    monkeypatch.chdir(tmp_path)
+    unet, vae, text = tiny_networks()
+    for network in (unet, vae, text):
+        for p in network.parameters():
+            p.data.copy_(p.data.half().float())
+    save_single_file("full.safetensors", unet, vae, text, torch.float32, 16)
+    save_single_file("half.safetensors", unet, vae, text, torch.float16, 16)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet.get_parameter(f"{name}.weight").data[0, 0] += 0.01
+    save_single_file("other.safetensors", unet, vae, text, torch.float32, 16)
+    full, half, other = (load_stable_diffusion(f"{name}.safetensors") for name in ("full", "half", "other"))
+    assert full.base == half.base != other.base and re.fullmatch("[0-9a-f]{16}", full.base)
+    learner = Learner(full, trainable="lora", rank=2, init_lora="", seed=0, statistics=None, lr=1e-3, grad_clip=1)
+    learner.save(tmp_path, base="full.safetensors")
+    capsys.readouterr()
+    for weights, said in (("full", 0), ("half", 0), ("other", 1)):
+        for out in (["--merge", f"merged-{weights}.safetensors"], ["--prompt", "a fox", "--num", "1", "--steps", "2"]):
+            sample.main(["--weights", f"{weights}.safetensors", "--lora", "lora.safetensors", *out])
+            printed = capsys.readouterr().out
+            assert printed.count("lora.safetensors: trained on another base model (full.safetensors)") == said
+    Learner(load_stable_diffusion("other.safetensors"), trainable="lora", rank=2, init_lora="lora.safetensors", seed=0,
+            statistics=None, lr=1e-3, grad_clip=1)
+    assert "another base model" in capsys.readouterr().out
