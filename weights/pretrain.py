@@ -2,17 +2,20 @@
 
     python weights/pretrain.py                  everything, on the best device found; stop and start again at will
     python weights/pretrain.py --stages unet    one stage only, and what it needs of those before it
+    python weights/pretrain.py --check          minutes: would this machine make the same model?
 
 Each stage checkpoints once a minute into --work and goes on from there; every batch is drawn from a generator seeded
 by (seed, stage, step), so an interrupted run sees the batches that an uninterrupted one would have seen.
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from multiprocessing import Pool
@@ -42,6 +45,7 @@ UNET = UNetConfig(widths=(48, 96, 176), attention=(False, True, True), layers=1,
 VAE_ = VAEConfig(widths=(16, 32, 64), layers=1, groups=8)
 TEXT = TextConfig(width=48, layers=2, heads=4, inner=192)
 CLIP_CONFIG = HERE / "clip_config.json"
+CHECK = HERE / "check.json"     # what --check compares with
 
 
 def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_decay=0.01, dtype=torch.float32):
@@ -103,7 +107,8 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
             saved_at = time.time()
     if first < last:
         save(last)
-        log(args, name, steps=last, figure=figure, minutes=(seconds + time.time() - began) / 60)
+        log(args, name, steps=last, figure=figure, weights=fingerprint(modules),
+            minutes=(seconds + time.time() - began) / 60)
     if ema:
         modules.load_state_dict(average)
     modules.eval()
@@ -113,6 +118,14 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
 def generator_of(*what):
     """A random generator of its own for each (seed, stage, step)."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, what)).encode()))
+
+
+def fingerprint(network):
+    """Names the values of all parameters of a network: 16 hex digits."""
+    digest = hashlib.sha256()
+    for p in network.parameters():
+        digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def log(args, stage, **figures):
@@ -380,6 +393,30 @@ STAGES = dict(data=load_or_render, vae=train_vae, clip=train_clip, classifier=tr
               export=export, head=train_head)
 
 
+def check(args):
+    """Say whether this machine would make the same model: 200 steps of each stage on 2,000 renders, from nothing.
+
+    They are compared with CHECK, which is written if there is none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args.work, args.renders, args.stop_at = Path(folder), 2000, 200
+        train_second_classifier(args)
+        train_classifier(args)
+        train_sharper(args)         # and all that it needs
+        found = {name: stage for name, stage in json.loads((args.work / "log.json").read_text()).items()
+                 if "weights" in stage}
+    if not CHECK.exists():
+        with atomic(CHECK) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{CHECK}: written")
+        return
+    for name, expected in json.loads(CHECK.read_text()).items():
+        stage, difference = found[name], found[name]["figure"] / expected["figure"] - 1
+        verdict = ("the same to the bit" if stage["weights"] == expected["weights"] else
+                   "the same but for rounding" if abs(difference) < 0.02 else "ANOTHER MODEL")
+        print(f"{name}: {stage['figure']} after 200 steps, expected {expected['figure']}: {verdict}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where checkpoints and cached data go")
@@ -402,10 +439,13 @@ def main():
     parser.add_argument("--sharper-steps", type=int, default=3000)
     parser.add_argument("--sharper-lr", type=float, default=2e-4)
     parser.add_argument("--stop-at", type=int, help="end each stage after this step, to go on later")
+    parser.add_argument("--check", action="store_true", help="say whether this machine would make the same model")
     args = parser.parse_args()
+    if args.check:
+        return check(args)
     args.command = "python weights/pretrain.py" + "".join(
         f" --{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-        if name not in ("work", "out", "stages", "device", "stop_at") and value != parser.get_default(name))
+        if name not in ("work", "out", "stages", "device", "stop_at", "check") and value != parser.get_default(name))
     for folder in (args.work, args.out):
         os.makedirs(folder, exist_ok=True)
     for stage in args.stages:
