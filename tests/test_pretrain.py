@@ -51,7 +51,7 @@ def toy_pictures():
 
 
 def test_walks_follow_the_teacher_and_look_ten_points_ahead(monkeypatch):
-    """For one Gaussian, eps of a whole walk keeps (x_t - sqrt(a) m) / sqrt(a s^2 + 1 - a) constant, as steps get small."""
+    """For one Gaussian, a walk of small steps keeps (x_t - sqrt(a) mean) / sqrt(a spread^2 + 1 - a) constant."""
     monkeypatch.setattr(sharper, "GUIDED", (2000, 2000))
     monkeypatch.setattr(sharper, "WALKS", 40)
     monkeypatch.setattr(sharper, "STEP", 5)
@@ -124,3 +124,23 @@ def test_a_stage_that_was_stopped_ends_as_one_that_was_not(tmp_path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
     assert whole.weight.dtype == torch.float32 and (whole.weight.bfloat16().float() != whole.weight).any()
     assert (tmp_path / "whole/log.json").exists()
+
+
+def test_the_check_tells_the_same_model_from_another(tmp_path, monkeypatch, capsys):
+    made = dict(vae=20.5, unet=0.1)
+
+    def stage(args):
+        assert (args.renders, args.stop_at) == (2000, 200)
+        for name, figure in made.items():
+            pretrain.log(args, name, figure=figure, weights=f"weights of {figure}")
+
+    for name in ("train_second_classifier", "train_classifier", "train_sharper"):
+        monkeypatch.setattr(pretrain, name, stage)
+    monkeypatch.setattr(pretrain, "CHECK", tmp_path / "check.json")
+    pretrain.check(SimpleNamespace())
+    assert "written" in capsys.readouterr().out
+    for figure, verdict in ((0.1, "the same to the bit"), (0.1001, "the same but for rounding"), (0.11, "ANOTHER MODEL")):
+        made["unet"] = figure
+        pretrain.check(SimpleNamespace())
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].endswith("the same to the bit") and said[1].endswith(verdict) and len(said) == 2
