@@ -139,7 +139,7 @@ def test_the_check_tells_the_same_model_from_another(tmp_path, monkeypatch, caps
     monkeypatch.setattr(pretrain, "CHECK", tmp_path / "check.json")
     pretrain.check(SimpleNamespace())
     assert "written" in capsys.readouterr().out
-    for figure, verdict in ((0.1, "the same to the bit"), (0.1001, "the same but for rounding"), (0.11, "ANOTHER MODEL")):
+    for figure, verdict in ((0.1, "to the bit"), (0.1001, "but for rounding"), (0.11, "ANOTHER MODEL")):
         made["unet"] = figure
         pretrain.check(SimpleNamespace())
         said = capsys.readouterr().out.splitlines()
