@@ -208,14 +208,15 @@ def test_the_laion_head_is_kept_only_with_its_checksum(tmp_path, monkeypatch):
 
 def test_the_small_clip_prefers_the_right_prompt():
     reward = find_reward("clip")
-    images, captions, _, _ = world.render_many(123, 60, activities=False)
+    images, captions = world.render_many(123, 60, activities=False)[:2]
+    captions = captions.tolist()
     right = reward(images, captions)
     assert right.shape == (60,) and np.abs(right).max() <= 1
     assert (right > reward(images, captions[7:] + captions[:7])).mean() > 0.9
 
 
 def test_the_learned_aesthetic_follows_the_rule_behind_it():
-    images = world.render_many(rater.RATER_SEED + 1, 300)[0]
+    images = world.render_many(rater.RATER_SEED + 1, 300).image
     learned, rule = find_reward("aesthetic")(images, [""] * 300), rater.rule(images)
     assert np.corrcoef(learned, rule)[0, 1] > 0.5 and np.abs(learned - rule).mean() < 1.5
 

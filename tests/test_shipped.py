@@ -1,4 +1,5 @@
 """The shipped model and the world it was made for."""
+import re
 import sys
 
 import numpy as np
@@ -10,28 +11,43 @@ sys.path.insert(0, str(ROOT / "weights"))
 import evaluate
 import pretrain
 import world
+from classifiers import to_float
 from ddpo_min.prompts import ANIMALS, find_prompts
 from ddpo_min.weights import load_stable_diffusion
 
 
 def test_a_seed_names_a_render_for_ever():
     a, b = world.render_many(5, 8), world.render_many(5, 8)
-    assert (a[0] == b[0]).all() and a[1] == b[1]
-    assert (a[0] != world.render_many(6, 8)[0]).any()
+    assert all((x == y).all() for x, y in zip(a, b))
+    assert (a.image != world.render_many(6, 8).image).any()
 
 
 def test_captions_say_what_is_drawn():
-    _, captions, animals, kinds = world.render_many(7, 400)
+    renders = world.render_many(7, 400)
     assert list(world.ANIMALS) == ANIMALS
-    for caption, animal, kind in zip(captions, animals, kinds):
+    for caption, animal, kind in zip(renders.caption, renders.animal, renders.kind):
         name = ANIMALS[animal]
         assert any(caption.startswith(start) for start in (world.article(name), f"two {world.plural(name)}",
                                                            f"three {world.plural(name)}"))
         if " on a" in caption:
             said, kind = caption.split(" on ")[1], list(world.BACKGROUNDS)[kind]
             assert kind in said or kind == "plain" and any(color in said for color in world.COLORS)
-    silent = [kind for caption, kind in zip(captions, kinds) if " on a" not in caption]
+    silent = [kind for caption, kind in zip(renders.caption, renders.kind) if " on a" not in caption]
     assert len(set(silent)) == len(world.BACKGROUNDS)
+
+
+def test_descriptions_name_the_background_and_its_colours():
+    renders = world.render_many(8, 300, activities=False)
+    for image, caption, description, _, kind in zip(*renders):
+        subject, said = re.fullmatch("(.*) on an? (.*) background", description).groups()
+        kind = list(world.BACKGROUNDS)[kind]
+        assert caption.startswith(subject) and (kind == "plain" or said.endswith(" " + kind))
+        named = said.removesuffix(" " + kind).split(" and ")
+        assert len(named) == (1 if kind in ("plain", "busy") else 2)
+        border = np.concatenate([image[:4].reshape(-1, 3), image[-4:].reshape(-1, 3), image[:, :4].reshape(-1, 3),
+                                 image[:, -4:].reshape(-1, 3)]).astype(float)
+        for color in named if kind not in ("gradient", "busy") else ():
+            assert np.abs(border - world.COLORS[color]).max(1).min() < 40
 
 
 def test_every_animal_has_a_glyph_of_its_own():
@@ -43,9 +59,9 @@ def test_folding_the_normalisation_keeps_the_autoencoder_and_whitens_its_latents
     torch.manual_seed(0)
     vae = pretrain.VAE(pretrain.VAE_).eval()
     vae.quant_conv.bias.data[:4] = torch.tensor([3.0, -1.0, 0.5, 0.0])
-    images = world.render_many(1, 20)[0]
+    images = world.render_many(1, 20).image
     images = np.concatenate([images] * 100)
-    x = pretrain.to_float(images[:20], "cpu")
+    x = to_float(images[:20], "cpu")
     with torch.no_grad():
         before, variance = vae.decode(vae.encode(x)), vae.moments(x)[1]
         std = vae.moments(x)[0].std((0, 2, 3))
@@ -60,17 +76,18 @@ def test_folding_the_normalisation_keeps_the_autoencoder_and_whitens_its_latents
 @torch.no_grad()
 def test_the_shipped_model_draws_what_it_is_asked_for():
     model = load_stable_diffusion()
-    classifier = evaluate.load_half(pretrain.Classifier(), "classifier.safetensors")
+    classifiers = evaluate.load_classifiers().values()
     images, animals = evaluate.draw(model, 1, steps=10, guidance=2.0)
-    assert evaluate.recognised(classifier, images, animals).mean() >= 0.75
-    assert evaluate.recognised(classifier, images, np.roll(animals, 1)).mean() <= 0.1
+    for classifier in classifiers:
+        assert evaluate.recognised(classifier, images, animals).mean() >= 0.75
+        assert evaluate.recognised(classifier, images, np.roll(animals, 1)).mean() <= 0.1
 
 
 @torch.no_grad()
 def test_the_shipped_parts_do_their_work():
     model = load_stable_diffusion()
-    images, _, animals, _ = world.render_many(evaluate.HELD_OUT_WORLD, 140, activities=False)
-    x = pretrain.to_float(images, "cpu")
+    images, _, _, animals, _ = world.render_many(evaluate.HELD_OUT_WORLD, 140, activities=False)
+    x = to_float(images, "cpu")
     error = ((model.vae.decode(model.vae.encode(x)).clamp(-1, 1) - x) ** 2).mean().item()
     assert 10 * np.log10(4 / error) >= 25.5
     clip = evaluate.load_half(pretrain.clip_model(), "clip.safetensors")

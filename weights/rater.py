@@ -48,12 +48,13 @@ def ratings(images, rng):
     return np.clip(np.round(rule(images) + rng.normal(0, 0.7, len(images))), 1, 10)
 
 
-def main(count=20_000, steps=3000):
+def main(folder=HERE, count=20_000, steps=3000):
+    """Train the head on the CLIP in `folder` and write it there; returns its correlation with the rule."""
     torch.manual_seed(0)
-    clip = ClipScorer(SMALL, "", "cpu")
+    clip = ClipScorer(SMALL, str(folder / "clip.safetensors"), "cpu")
     embeddings, said, true = [], [], []
     for part in tqdm(range(-(-count // 500)), desc="renders"):
-        images = world.render_many([RATER_SEED, part], 500)[0]
+        images = world.render_many([RATER_SEED, part], 500).image
         embeddings.append(clip.images(images))
         said.append(ratings(images, np.random.default_rng([RATER_SEED, part, 1])))
         true.append(rule(images))
@@ -74,13 +75,15 @@ def main(count=20_000, steps=3000):
         bar.set_postfix_str(f"{loss.item():.3f}", refresh=False)
     with torch.no_grad():
         learned = head(z[train:])[:, 0].numpy()
-    print(f"{len(learned)} held-out renders: correlation with the rule {np.corrcoef(learned, true[train:])[0, 1]:.3f}, "
+    correlation = np.corrcoef(learned, true[train:])[0, 1]
+    print(f"{len(learned)} held-out renders: correlation with the rule {correlation:.3f}, "
           f"mean error {np.abs(learned - true[train:]).mean():.2f} (the rule's own spread {true[train:].std():.2f}, "
           f"ratings {said.mean():.2f} +- {said.std():.2f})")
     state = {f"layers.{i}.{kind}": getattr(layer, kind).detach().contiguous()
              for i, layer in enumerate(head) for kind in ("weight", "bias")}
-    with atomic(HERE / "aesthetic.safetensors") as temporary:
+    with atomic(folder / "aesthetic.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
+    return float(correlation)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ A render is a pure function of a numpy random generator, so a seed names a pictu
 import argparse
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,6 +39,15 @@ COLORS = dict(red=(214, 60, 60), orange=(240, 150, 60), yellow=(240, 215, 90), g
               white=(245, 245, 245), black=(40, 40, 45), teal=(70, 165, 170))
 
 
+class Render(NamedTuple):
+    """A picture, or many, and what is on it."""
+    image: np.ndarray       # uint8 (64, 64, 3)
+    caption: str            # "a fox", or "a fox on a striped background"
+    description: str        # "a fox on a red and blue striped background"
+    animal: int             # index in ANIMALS
+    kind: int               # index in BACKGROUNDS
+
+
 def article(noun):
     """The noun with its indefinite article: "a fox", "an ant"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
@@ -64,25 +74,26 @@ def _sheet():
 
 
 def _color(rng, name=None):
-    """A named colour with a little jitter: float32 (3,), 0-255."""
+    """A named colour with a little jitter: (float32 (3,), 0-255; its name)."""
     name = name or list(COLORS)[rng.integers(len(COLORS))]
-    return np.clip(np.array(COLORS[name]) + rng.normal(0, 8, 3), 0, 255).astype(np.float32)
+    return np.clip(np.array(COLORS[name]) + rng.normal(0, 8, 3), 0, 255).astype(np.float32), name
 
 
 def _two_colors(rng, least, most):
-    """Two named colours whose channels differ by `least` to `most` in sum."""
+    """Two named colours whose channels differ by `least` to `most` in sum: ((float32 (3,), name), the same)."""
     while True:
         a, b = _color(rng), _color(rng)
-        if least < np.abs(a - b).sum() < most:
+        if least < np.abs(a[0] - b[0]).sum() < most:
             return a, b
 
 
 def background(rng, kind, color=None):
-    """A background of one of the kinds in BACKGROUNDS: float32 (SIZE, SIZE, 3), 0-255."""
+    """A background of one of the kinds in BACKGROUNDS: (float32 (SIZE, SIZE, 3), 0-255; its colours' names)."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     if kind == "plain":
-        return np.broadcast_to(_color(rng, color), (SIZE, SIZE, 3))
-    a, b = _two_colors(rng, 110, 420) if kind == "gradient" else _two_colors(rng, 240, 700)
+        a, name = _color(rng, color)
+        return np.broadcast_to(a, (SIZE, SIZE, 3)), name
+    (a, name), (b, other) = _two_colors(rng, 110, 420) if kind == "gradient" else _two_colors(rng, 240, 700)
     if kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         along = (np.cos(angle) * (x - SIZE / 2) + np.sin(angle) * (y - SIZE / 2)) / SIZE + 0.5
@@ -101,8 +112,8 @@ def background(rng, kind, color=None):
         cells = rng.integers(0, 2, (SIZE // 4, SIZE // 4)).astype(np.float32)
         mix = cells.repeat(4, 0).repeat(4, 1)
     elif kind == "busy":
-        return _busy(rng, a)
-    return a + (b - a) * mix[..., None]
+        return _busy(rng, a), name
+    return a + (b - a) * mix[..., None], f"{name} and {other}"
 
 
 def _soft_wave(phase):
@@ -116,7 +127,7 @@ def _busy(rng, base):
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(14, 20)):
         cx, cy, r = rng.uniform(0, SIZE), rng.uniform(0, SIZE), rng.uniform(4, 10)
-        fill = tuple(int(v) for v in _color(rng))
+        fill = tuple(int(v) for v in _color(rng)[0])
         shape = rng.integers(3)
         if shape == 0:
             draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
@@ -146,13 +157,14 @@ def render(rng, animal=None, kind=None, activities=True, smallest=44):
 
     rng: numpy Generator; animal, kind: fixed if given, else drawn; activities: False draws single animals only;
     smallest: pixels, of a single animal's longer side (the largest is 56).
-    Returns (image uint8 (64, 64, 3), caption, animal's index, background's index).
+    Returns a Render. The caption may or may not speak of the background; the description always does, with its colours.
     """
     animal = animal or list(ANIMALS)[rng.integers(len(ANIMALS))]
     shares = np.array(list(BACKGROUNDS.values()))
     kind = kind or str(rng.choice(list(BACKGROUNDS), p=shares / shares.sum()))
     color = list(COLORS)[rng.integers(len(COLORS))]
-    canvas = Image.fromarray(background(rng, kind, color).round().astype(np.uint8))
+    pixels, colors = background(rng, kind, color)
+    canvas = Image.fromarray(pixels.round().astype(np.uint8))
     what = rng.uniform() if activities else 0.0
     mid = SIZE / 2
     if what < 0.84:      # one animal, large: this is what the model must learn first
@@ -178,14 +190,14 @@ def render(rng, animal=None, kind=None, activities=True, smallest=44):
         caption = subject
     else:
         caption = f"{subject} on {article(color if kind == 'plain' else kind)} background"
-    return np.asarray(canvas), caption, list(ANIMALS).index(animal), list(BACKGROUNDS).index(kind)
+    description = f"{subject} on {article(colors if kind == 'plain' else f'{colors} {kind}')} background"
+    return Render(np.asarray(canvas), caption, description, list(ANIMALS).index(animal), list(BACKGROUNDS).index(kind))
 
 
-def render_many(seed, count, **fixed):
-    """`count` renders from one seed: images uint8 (count, 64, 64, 3), captions, animals int64, backgrounds int64."""
+def render_many(seed, count, **options):
+    """`count` renders from one seed, as one Render of arrays; options: of render()."""
     rng = np.random.default_rng(seed)
-    images, captions, animals, kinds = zip(*(render(rng, **fixed) for _ in range(count)))
-    return np.stack(images), list(captions), np.array(animals), np.array(kinds)
+    return Render(*map(np.array, zip(*(render(rng, **options) for _ in range(count)))))
 
 
 def make_glyphs(font_path, out=HERE / "glyphs.png"):
@@ -214,7 +226,7 @@ def main():
     if args.glyphs:
         make_glyphs(args.glyphs)
     if args.sheet:
-        images, captions, _, _ = render_many(args.seed, 70)
+        images, captions = render_many(args.seed, 70)[:2]
         cell = SIZE * 2
         sheet = Image.new("RGB", (10 * (cell + 4), 7 * (cell + 16)), "white")
         draw = ImageDraw.Draw(sheet)
