@@ -49,7 +49,7 @@ def learner_of(s, **more):
     attention = torch.nn.ModuleDict(dict(to_q=torch.nn.Linear(8, 8), to_v=torch.nn.Linear(6, 8)))
     unet = torch.nn.ModuleDict(dict(mid=torch.nn.ModuleDict(dict(attn1=attention))))
     given = dict(trainable=s.trainable, rank=s.rank, init_lora=s.init_lora, seed=s.seed, lr=0.01)
-    return Learner(SimpleNamespace(unet=unet), statistics=PromptStatistics(), **{**given, **more})
+    return Learner(SimpleNamespace(base="", unet=unet), statistics=PromptStatistics(), **{**given, **more})
 
 
 def pictures(learner):
