@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ddpo_min.advantages import PromptStatistics, clipped_advantages
-from ddpo_min.cli import check_settings, describe, read_settings
+from ddpo_min.cli import check_settings, describe, read_settings, with_own_reward
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.device import pick_device
@@ -45,7 +45,7 @@ def train(settings, reward=None):
     Raises InputError for what cannot work.
     """
     if reward is not None:
-        settings = replace(settings, reward=getattr(reward, "__name__", "own"))     # its name in files and figures
+        settings = with_own_reward(settings, reward)
     check_settings(settings, own_reward=reward is not None)
     print(describe(settings))
     prompts_to_train = find_prompts(settings.prompts)

@@ -8,7 +8,7 @@ def standard_score(rewards, seen):
     """How many standard deviations a reward is above the mean: A = (r - mean) / std, 0 where all rewards are equal.
 
     rewards: a number or array; seen: the rewards to compare with. The scale does not matter: a deviation counts as 0
-    only if it is no more than rounding.
+    only if it is no more than float64's rounding.
     """
     largest = np.abs(seen).max() or 1.0     # divided by first: squares of 1e200 or 1e-200 are no float64
     mean, std = np.mean(seen / largest), np.std(seen / largest)

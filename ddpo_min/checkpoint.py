@@ -73,6 +73,8 @@ def open_safetensors(path):
             opened = safe_open(path, framework="pt")
             json.loads(file.read(int.from_bytes(head, "little")), object_pairs_hook=_names_once)
         return opened
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions")
     except (SafetensorError, OSError, ValueError) as error:
         pickled = PICKLED if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else None
         what = next((what for start, what in FOREIGN.items() if head.startswith(start)), pickled)

@@ -9,7 +9,7 @@ import json
 import shlex
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 
@@ -169,6 +169,16 @@ def make_settings(**given):
     return settings
 
 
+def with_own_reward(settings, reward):
+    """The settings with a function as the reward: its name is in files and figures. Raises InputError if the run that
+    is resumed has another."""
+    name = getattr(reward, "__name__", "own")
+    if settings.resume and name != settings.reward:
+        raise InputError(f"reward {name}: the run in {settings.resume} was trained on {settings.reward}; give that "
+                         "function")
+    return replace(settings, reward=name)
+
+
 def _usual_preset(weights, algorithm):
     """The preset of a model and an algorithm, if none is named."""
     if not is_small(weights):
@@ -216,6 +226,10 @@ def _resumed(resume, **changes):
     if checksum != sha256(saved) or saved.keys() != vars(Settings()).keys():
         raise InputError(f"{path}: not as it was written; restore it, or {instead_of_resuming(folder)}")
     again = given_again(saved)
+    other = [name for name, value in again.items() if changes.get(name, value) != value and name not in ON_RESUME]
+    if other:
+        raise InputError(f"--resume {folder}: {flag(other[0])} {changes[other[0]]}: expected {again[other[0]]}, as "
+                         "when the run began; start this in the folder that the run was started in")
     wrong = sorted(name for name, value in changes.items() if name not in ON_RESUME and again.get(name) != value)
     if wrong:
         raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "

@@ -125,18 +125,22 @@ def run_main(main):
     what is printed any more.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):      # neither a closed one nor a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
     try:
         status = _status(main)
-        sys.stdout.flush()
-    except OSError as error:        # from printing, for _status() has no other
+        print(end="", flush=True)
+    except OSError as error:        # from printing, or one that names no file
+        if not error.errno:
+            raise
         status = 141 if error.errno == errno.EPIPE else 2
         with suppress(OSError):
             if status == 2:
-                print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):             # so that what they still hold is dropped in silence
+                print(f"error: {error.strerror}: something could not be written or read that has no name; look at the "
+                      "room on the disk, at the connection, and at where the output goes", file=sys.stderr)
+        for stream in filter(None, (sys.stdout, sys.stderr)):       # so that what they still hold is dropped in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status == 130:
+    if status == 130 and threading.active_count() > 1 and not hasattr(sys, "ps1"):      # ps1: somebody's shell
         os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
     sys.exit(status)
 

@@ -176,11 +176,11 @@ class Folder:
 
     def add_row(self, epoch, images):
         """Add a row to samples.png: the same prompts and seeds after `epoch` epochs; images uint8 (n, H, W, 3)."""
-        new = f"samples/epoch_{epoch:04d}.png"
-        figures.save_png(self.path / new, Image.fromarray(np.concatenate(list(images), axis=1)))
-        self.sums[new] = sha256((self.path / new).read_bytes())
-        names = sorted(name for name in self.sums if name.startswith("samples/"))
-        strips = [np.asarray(Image.open(io.BytesIO(self._read(name)))) for name in names]
-        labels = [f"epoch {int(Path(name).stem[6:])}" for name in names]
-        figures.save_png(self.path / "samples.png", figures.grid(
-            [np.stack(np.split(strip, len(images), axis=1)) for strip in strips], labels=labels))
+        strip, rows = np.concatenate(list(images), axis=1), {}
+        figures.save_png(self.path / "samples" / f"epoch_{epoch:04d}.png", Image.fromarray(strip))
+        for path in sorted((self.path / "samples").glob("epoch_????.png")):
+            with suppress(OSError, SyntaxError, ValueError):    # a damaged picture costs its row, not the run
+                drawn = np.asarray(Image.open(path))
+                if drawn.shape == strip.shape:
+                    rows[f"epoch {int(path.stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1))
+        figures.save_png(self.path / "samples.png", figures.grid(list(rows.values()), labels=list(rows)))

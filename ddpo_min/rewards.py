@@ -9,7 +9,7 @@ import inspect
 import io
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -104,25 +104,29 @@ def fingerprint(reward):
         return ""
 
 
-def score(reward, images, prompts, name="the reward", first=0):
+def score(reward, images, prompts, name="the reward", first=0, alone=True):
     """Call a reward and check what it returns: float64 (B,), finite. Raises InputError otherwise.
 
-    first: the number of the first of these images in its epoch, for the message.
+    first: the number of the first of these images in its epoch, for the message; alone: no other thread scores
+    meanwhile, so that what the reward changes can be put back.
     """
-    which = f"images {first} to {first + len(images) - 1} of the epoch, the first of {prompts[0]!r}"
+    which = f"images {first} to {first + len(images) - 1}, the first for the prompt {prompts[0]!r}"
     try:
-        with put_back():
+        with put_back() if alone else nullcontext():
             result = reward(images.copy(), list(prompts))       # copies: some write into them
     except InputError as error:
         raise InputError(f"{name} failed on {which}: {error}")
     except (Exception, SystemExit) as error:
         frame = error.__traceback__.tb_next         # the reward's own, if it is written in Python
-        line = f" in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""
+        line = f", in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""
         raise InputError(f"{name} failed on {which}{line} ({type(error).__name__}: {first_line(error)}); mend it there")
     try:
-        rewards = np.asarray(result.detach().cpu().double() if isinstance(result, torch.Tensor) else result)
+        numbers = result.detach().cpu().double() if isinstance(result, torch.Tensor) else result
+        if isinstance(result, (list, tuple)):
+            numbers = [r.item() if isinstance(r, torch.Tensor) and r.numel() == 1 else r for r in result]
+        rewards = np.asarray(numbers)
         found = f"shape {rewards.shape} and type {rewards.dtype}"
-    except Exception:       # lists of unequal lengths, tensors elsewhere
+    except Exception:       # lists of unequal lengths
         rewards, found = np.empty(0), "parts that do not fit together"
     if rewards.shape != (len(images),) or rewards.dtype.kind not in "biuf":
         raise InputError(f"{name} returned a {type(result).__name__} of {found} for {which}; expected one real number "

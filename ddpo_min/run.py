@@ -19,7 +19,7 @@ SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
          ("max_ratio_error", "ratio error {:.0e}"))
 
-ALL_EQUAL = "; all rewards are equal, so nothing can be learned from them"
+ALL_EQUAL = "; all rewards are equal"
 
 
 class Run:

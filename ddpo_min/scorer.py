@@ -87,7 +87,8 @@ class Scorer:
         for name, function in self.functions.items():
             try:
                 if name not in self.missing:
-                    scores[name] = score(function, images, prompts, f"reward {name}", first)
+                    scores[name] = score(function, images, prompts, f"reward {name}", first,
+                                         alone=name not in IN_THREADS)
             except InputError as error:
                 if name in self.weights:
                     raise

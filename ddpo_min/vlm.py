@@ -96,7 +96,8 @@ class Alignment:
         """What the encoder says of each text: (tokens, embeddings float32 (n, d)). Raises InputError if it fails."""
         try:
             with self.one_at_a_time, put_back():
-                found = [(list(tokens), torch.as_tensor(rows).detach().float().cpu())
+                found = [(tokens.tolist() if hasattr(tokens, "tolist") else list(tokens),
+                          torch.as_tensor(rows).detach().float().cpu())
                          for tokens, rows in self.encoder(texts)]
         except (Exception, SystemExit) as error:
             raise InputError(f"--vlm-encoder: failed on {len(texts)} texts, the first {texts[0]!r} "

@@ -110,7 +110,6 @@ def base_name(tensors):
 def _refuse_misfits(model, path):
     """Raise InputError if the networks, each of which is complete, do not work with each other or with their sizes."""
     unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    multiple = 2 ** (len(unet.widths) - 1)
     for fits, what in (
             (unet.context_width == text.width,
              f"its UNet reads texts as vectors of {unet.context_width} numbers, its text encoder writes {text.width}"),
@@ -120,9 +119,8 @@ def _refuse_misfits(model, path):
             (unet.widths[0] % 2 == 0 and text.width % text.heads == 0 and (text.used or 0) <= text.layers
              and all(unet.heads_at(width) and width % unet.heads_at(width) == 0 for width in unet.widths),
              "the numbers of heads or layers in its metadata or config.json do not fit its tensors"),
-            (model.latent_size and model.latent_size % multiple == 0,
-             f"its image size of {model.image_size} pixels gives latents of {model.latent_size}, not a multiple of "
-             f"{multiple}")):
+            (model.latent_size > 0,
+             f"its image size of {model.image_size} pixels is smaller than one pixel of its latents")):
         if not fits:
             raise InputError(f"{path}: {what}; {SUPPORTED}")
 

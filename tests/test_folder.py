@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT
@@ -241,16 +242,37 @@ def test_a_damaged_file_is_refused_at_the_start_or_does_not_matter(name, damage,
     else:
         path.write_bytes((part.parent / "other" / name).read_bytes() if change == "other" else
                          change(path.read_bytes()))
-    if name in ("state.pt", "config.json", "before.npz", "samples/epoch_0000.png", "samples/epoch_0001.png"):
+    if name in ("state.pt", "config.json", "before.npz"):
         left = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
         with pytest.raises(InputError) as caught:
             run.Run(make_settings(resume=copy, epochs=EPOCHS))      # before any network is loaded
         assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
         assert damage == "deleted" or name.partition("/")[0] in str(caught.value)
         assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == left
+    elif name.startswith("samples/"):       # costs a row of samples.png at most
+        go(resume=copy)
+        assert (whole / "before_after.png").read_bytes() == (copy / "before_after.png").read_bytes()
+        saved = [load_file(path / "lora.safetensors") for path in (whole, copy)]
+        assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+        assert Image.open(copy / "samples.png").width == Image.open(whole / "samples.png").width
     else:
         go(resume=copy)
         assert_same(whole, copy)
+
+
+def test_a_run_that_is_stopped_in_its_first_epoch_twice_goes_on_with_another_batch(tmp_path, monkeypatch):
+    """Its first row is drawn again each time, and may be rounded differently."""
+    whole = go(tmp_path / "run", epochs=1).folder
+    for batch in (1, 2):
+        path = whole / "samples" / "epoch_0000.png"
+        pixels = np.array(Image.open(path))
+        pixels[0, 0] ^= 1
+        Image.fromarray(pixels).save(path)
+        go(resume=whole, epochs=1 + batch, batch=batch)
+    rows = sorted(path.name for path in (whole / "samples").iterdir())
+    assert rows == [f"epoch_000{i}.png" for i in range(4)]
+    height = Image.open(whole / "samples.png").height
+    assert height > 3 * Image.open(path).height
 
 
 def test_every_flipped_bit_of_the_checkpoint_is_found(copy):
@@ -440,7 +462,8 @@ def test_code_and_servers_that_a_folder_names_are_given_again(name, value, tmp_p
     assert make_settings(resume="run", **{name: value}).epochs == 1
     assert cli.how_to_resume(make_settings(resume="run", **{name: value}), "run") == told in message
     if name not in cli.ON_RESUME:       # a server may move
-        refused(lambda: make_settings(resume="run", **{name: "other.py:red"}), f"drop --{name.replace('_', '-')}")
+        refused(lambda: make_settings(resume="run", **{name: "other.py:red"}),
+                f"--{name.replace('_', '-')} other.py:red: expected {value}")
 
 
 # Names, numbers, terminals
@@ -479,7 +502,10 @@ def command(code, *, shell="{}", **environment):
     ("print('a')", "{}", 0, "a\n", ""), ("sys.exit(3)", "{}", 3, "", ""),
     ("[print('long ' * 9999) for _ in range(99)]", "{} | head -c 4", 141, "long", ""),
     ("print('a', flush=True)", "{} | true; exit 0", 0, "", ""),
-    ("print('a' * 9)", "{} > /dev/full", 2, "", "error: what is printed cannot be written (No space left on device)\n"),
+    ("print('a' * 9)", "{} > /dev/full", 2, "", "error: No space left on device: something could not be written or "
+     "read that has no name; look at the room on the disk, at the connection, and at where the output goes\n"),
+    ("print('a')", "{} >&-", 0, "", ""),
+    ("raise OSError('no errno')", "{} 2>&1 | tail -1", 1, "OSError: no errno\n", ""),
     ("os.kill(os.getpid(), signal.SIGTERM)", "{}", 130, "", "stopped\n"),
     ("print('a'); os.kill(os.getpid(), signal.SIGINT)", "{}", 130, "a\n", "stopped\n"),
     ("import threading, time\nthreading.Thread(target=time.sleep, args=[999]).start()\n"

@@ -1,6 +1,7 @@
 """What the vision-language reward says of answers, and what a run does when its server fails in the field's ways."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_a_fault_that_stays_ends_the_run_in_one_line_and_resume_goes_on(tiny_fil
         again = ["--resume", str(out), "--vlm-url", server.url]
         assert message.endswith(f"; 1 finished epochs are saved, go on with {' '.join(again)}")
         assert len(metrics(out)) == 1
-        assert message.startswith("reward vlm failed on images 0 to 3 of the epoch, the first of 'a ")
+        assert message.startswith("reward vlm failed on images 0 to 3, the first for the prompt 'a ")
         assert f"the vision-language model at {server.url}" in message and len(message) < 500 + len(str(out))
         broken.clear()
         train.main(again)
@@ -158,3 +159,20 @@ def test_a_watched_server_that_goes_away_ends_nothing(tiny_file, tmp_path):
     with Server(lambda k, body: "a cat" if k < 5 else 404) as server:
         train.main(vlm_arguments(tiny_file, tmp_path / "run", server, "--reward", "jpeg", "--watch", "vlm", epochs=2))
     assert not any("score_vlm" in line or "score_empty_answers" in line for line in metrics(tmp_path / "run"))
+
+
+def test_tokens_may_be_a_tensor():
+    """As a tokenizer gives them; a tensor's elements are no keys of a dict."""
+    words = ["a", "cat", "dog", "on", "bike"]
+
+    def encoder(kind):
+        def encode(texts):
+            return [(kind([words.index(word) for word in text.split()]),
+                     torch.eye(len(words))[[words.index(word) for word in text.split()]]) for text in texts]
+        return encode
+
+    chat = SimpleNamespace(describe_all=lambda images: ["a cat", "a dog", "a bike"])
+    prompts = ["a cat", "a dog on bike", "a bike"]
+    scores = [vlm.Alignment(chat, encoder(kind), "{prompt}", prompts, True)(None, prompts)
+              for kind in (list, torch.tensor)]
+    assert torch.allclose(*(torch.tensor(own) for own in scores)) and scores[0][1] < 0.9

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import train
 from conftest import ROOT
 from ddpo_min import figures, scorer
+from ddpo_min.cli import make_settings
 from ddpo_min.files import InputError
 from ddpo_min.prompts import find_prompts
 from ddpo_min.rewards import find_own, put_back, score
@@ -129,7 +130,7 @@ def test_numbers_of_all_kinds_are_taken(result):
 def test_what_is_not_one_number_for_each_picture_is_one_line(result, named):
     message = refused(score, lambda images, prompts: result, IMAGES, PROMPTS, "reward mine.py:f", 6)
     assert message.startswith("reward mine.py:f returned ") and named in message
-    assert "images 6 to 8 of the epoch, the first of 'a cat'" in message and "shape (3,)" in message
+    assert "images 6 to 8, the first for the prompt 'a cat'" in message and "shape (3,)" in message
 
 
 @pytest.mark.parametrize("bad,named", [(np.nan, "nan"), (-np.inf, "-inf"), (1e301, "1e+301")])
@@ -146,7 +147,7 @@ def test_numbers_that_are_none_or_too_large_name_their_pictures(bad, named):
 def test_a_reward_that_raises_or_exits_names_its_line(code, named, tmp_path):
     path = written(tmp_path, f"import argparse, sys\n\n\ndef bad(images, prompts):\n    {code}\n")
     message = refused(score, find_own(f"{path}:bad"), IMAGES, PROMPTS, "reward bad")
-    assert "reward bad failed on images 0 to 2 of the epoch, the first of 'a cat'" in message
+    assert "reward bad failed on images 0 to 2, the first for the prompt 'a cat'" in message
     assert f"in line 5 of {path} ({named}" in message
 
 
@@ -269,11 +270,11 @@ def test_a_reward_that_never_differs_is_said_at_the_start_and_every_epoch(tiny_f
 
     run = train.train(train.read_settings(arguments(tiny_file, tmp_path / "run", epochs=2)), reward=constant)
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(" ")[0] for line in said if line.endswith("nothing can be learned from them")] == [
+    assert [line.split(" ")[0] for line in said if line.endswith("all rewards are equal")] == [
         "", "epoch", "epoch"]
     assert run.history[0]["reward_std"] == 0
     train.main(arguments(tiny_file, tmp_path / "jpeg", epochs=1))
-    assert "nothing can be learned" not in capsys.readouterr().out
+    assert "all rewards are equal" not in capsys.readouterr().out
 
 
 def test_one_sample_has_nothing_to_be_compared_with(tmp_path):
@@ -310,3 +311,45 @@ def test_a_json_file_is_no_file_of_prompts(text, tmp_path):
     (tmp_path / "prompts.json").write_text(text)
     message = refused(find_prompts, str(tmp_path / "prompts.json"))
     assert "a JSON file; expected a text file, one prompt a line" in message
+
+
+@pytest.mark.parametrize("part", [torch.tensor(1.5, requires_grad=True), torch.tensor([1.5], dtype=torch.bfloat16)])
+def test_a_list_of_single_tensors_is_a_list_of_numbers(part):
+    assert score(lambda images, prompts: [part] * 3, np.zeros((3, 4, 4, 3), np.uint8), ["a"] * 3).tolist() == [1.5] * 3
+
+
+def test_a_run_from_python_resumes_with_its_own_function_only(tiny_file, tmp_path):
+    def one(images, prompts):
+        return images[:, 0, 0, 0]
+
+    def other(images, prompts):
+        return images[:, 0, 0, 0]
+
+    folder = train.train(train.read_settings(arguments(tiny_file, tmp_path / "run", epochs=1)), reward=one).folder
+    with pytest.raises(InputError, match="reward other: the run in .* was trained on one; give that function"):
+        train.train(make_settings(resume=folder, epochs=2), reward=other)
+    assert train.train(make_settings(resume=folder, epochs=2), reward=one).finished == 2
+
+
+def test_threads_that_score_at_once_leave_the_folder_as_it_was(tmp_path, monkeypatch):
+    """vlm is scored in several threads, and its encoder may go to another folder."""
+    monkeypatch.chdir(tmp_path)
+    away, second, back = (threading.Event() for _ in range(3))
+
+    def reward(images, prompts):
+        if away.is_set():
+            second.set()
+            assert back.wait(20)        # what this thread puts back now, it saw while the other was away
+        else:
+            with put_back():
+                os.chdir("/")
+                away.set()
+                assert second.wait(20)
+            back.set()
+        return [1.0] * len(images)
+
+    s = scorer.Scorer({"vlm": 1.0}, {"vlm": reward})
+    for _ in range(2):
+        s.add(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"])
+        assert away.wait(20)
+    assert s.collect()[0].tolist() == [1.0] * 4 and Path.cwd() == tmp_path
