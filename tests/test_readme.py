@@ -139,7 +139,7 @@ def test_every_command_can_be_parsed(tmp_path, monkeypatch):
                 if arguments != ["--help"]:
                     parsers[command](arguments)
             else:
-                assert command.startswith(("weights/", "tests/"))
+                assert command.startswith(("weights/", "tests/", "tutorial/"))
                 flags = [word for word in arguments if word.startswith("--")]
                 assert all(f'"{flag}"' in (ROOT / command).read_text() for flag in flags)
         except (SystemExit, InputError, AssertionError) as error:
