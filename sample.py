@@ -19,7 +19,7 @@ from ddpo_min.ddim import ddim_steps
 from ddpo_min.device import half_dtype, pick_device
 from ddpo_min.files import InputError, make_folder, run_main
 from ddpo_min.interchange import FORMS, export_lora
-from ddpo_min.lora import load_loras, merge_loras, say_other_bases, switched_off
+from ddpo_min.lora import load_loras, merge_loras, switched_off
 from ddpo_min.plan import micro_batches
 from ddpo_min.policy import Policy
 from ddpo_min.prompts import HELD_OUT, find_prompts
@@ -167,8 +167,7 @@ def main(arguments=None):
     print(model.report)
     width, _, height = args.size.partition("x")
     latent_shape = model.latent_shape(int(width), int(height or width)) if args.size else None
-    layers = load_loras(args.lora, model.unet, model.text_encoder)
-    say_other_bases([path for path, _ in args.lora], model.base)
+    layers = load_loras(args.lora, model.unet, model.text_encoder, base=model.base)
     steps, guidance, batch = (given if given is not None else (small if model.image_size < SD_SIZE else real)
                               for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
                                                          (args.batch, 32, 1)))

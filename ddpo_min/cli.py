@@ -230,7 +230,7 @@ def _resumed(resume, **changes):
     if other:
         raise InputError(f"--resume {folder}: {flag(other[0])} {changes[other[0]]}: expected {again[other[0]]}, as "
                          "when the run began; start this in the folder that the run was started in")
-    wrong = sorted(name for name, value in changes.items() if name not in ON_RESUME and again.get(name) != value)
+    wrong = sorted(changes.keys() - ON_RESUME - again.keys())
     if wrong:
         raise InputError(f"--resume goes on with the run's own settings; drop {flag(wrong[0])} "
                          f"(only {', '.join(flag(name) for name in sorted(ON_RESUME))} may change)")

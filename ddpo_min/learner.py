@@ -1,7 +1,7 @@
 """What is learned, in one object: the trained parameters, their optimizer, the statistics of the prompts' rewards."""
 import torch
 
-from .lora import add_lora, load_lora, lora_state, save_lora, say_other_bases
+from .lora import add_lora, load_lora, lora_state, save_lora
 from .optimizer import Optimizer
 from .weights import save_single_file
 
@@ -19,9 +19,9 @@ class Learner:
             model.unet.requires_grad_(True)
             self.parameters = {f"unet.{name}": p for name, p in model.unet.named_parameters()}
         else:
-            self.lora = load_lora(init_lora, model.unet) if init_lora else add_lora(model.unet, rank)
+            self.lora = (load_lora(init_lora, model.unet, base=model.base) if init_lora else
+                         add_lora(model.unet, rank))
             self.file, self.parameters = "lora.safetensors", lora_state(self.lora)
-            say_other_bases([init_lora] if init_lora else [], model.base)
         self.alphas = {name: float(layer.alpha) for name, layer in self.lora.items()}
         self.optimizer = Optimizer(list(self.parameters.values()), **adamw)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 
 from .files import InputError, make_folder, shown
@@ -134,28 +133,34 @@ def save_lora(path, layers, **details):
                {"ddpo_min": json.dumps(details)})
 
 
-def load_lora(path, unet, scale=1.0):
+def load_lora(path, unet, scale=1.0, base=""):
     """Put one saved LoRA on a UNet, see load_loras(); its layers of the text encoder are left out."""
-    return load_loras([(path, scale)], unet)
+    return load_loras([(path, scale)], unet, base=base)
 
 
-def load_loras(files, *networks):
+def load_loras(files, *networks, base=""):
     """Put the sum of saved LoRAs of any programs (see read_lora) on networks; returns {name: LoRA layer}.
 
     files: [(path, strength)], of which strength multiplies the LoRA's effect, 0 is off; networks: a UNet, or a UNet and
-    a text encoder, which are changed: the layers in the files get a LoRA, the other layers are frozen. Raises
-    InputError if a file has no layer of these networks, or if a shape does not fit.
+    a text encoder, which are changed: the layers in the files get a LoRA, the other layers are frozen; base: their
+    model's base_name(), with which a line is printed for each LoRA that was trained on another one. Raises InputError
+    if a file has no layer of these networks, or if a shape does not fit.
     """
     owners = {name: network for network in networks for name in lora_modules(network)}
     found = {}
     for path, strength in files:
-        for name, (A, B, alpha) in read_lora(path, owners)[0].items():
+        loaded, metadata = read_lora(path, owners)
+        for name, (A, B, alpha) in loaded.items():
             weight = owners[name].get_submodule(name).weight.flatten(1)     # (rank, in) and (rank, in, 1, 1) are equal
             for tensor, shape in ((A, (len(A), weight.shape[1])), (B, (weight.shape[0], len(A)))):
                 if tensor.flatten(1).shape != shape:
                     raise InputError(f"{path}: a tensor of {name} has shape {tuple(tensor.shape)}, this model needs "
                                      f"{shape}; use the base model that the LoRA was trained on")
             found.setdefault(name, []).append((A, B, alpha * strength))
+        details = json.loads(metadata.get("ddpo_min", "{}"))
+        if base and details.get("base_name", base) != base:
+            print(f"{path}: trained on another base model ({shown(details.get('base', 'unknown'))}), so what it "
+                  "learned may not show here, or spoil the pictures")
     layers = {}
     for network in networks:
         network.requires_grad_(False)
@@ -166,16 +171,6 @@ def load_loras(files, *networks):
             for own, tensor in ((layer.lora_A.weight, A), (layer.lora_B.weight, B)):
                 own.data.copy_(tensor.view_as(own))
     return layers
-
-
-def say_other_bases(paths, base):
-    """Print a line for each LoRA whose metadata name another base model; base: see base_name(), of this model."""
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            details = json.loads((file.metadata() or {}).get("ddpo_min", "{}"))
-        if base and details.get("base_name", base) != base:
-            print(f"{path}: trained on another base model ({shown(details.get('base', 'unknown'))}), so what it "
-                  "learned may not show here, or spoil the pictures")
 
 
 def add_up(parts):
@@ -198,9 +193,7 @@ def merge_loras(files, weights, out):
     """
     make_folder(Path(out).parent)
     model = load_stable_diffusion(weights, "cpu", None)
-    layers = load_loras(files, model.unet, model.text_encoder)
-    say_other_bases([path for path, _ in files], model.base)
-    for name, layer in layers.items():
+    for name, layer in load_loras(files, model.unet, model.text_encoder, base=model.base).items():
         dtype = layer.weight.dtype      # some dtypes saturate silently, so look at the sum before it is rounded
         if not (layer.weight.float() + layer.delta()).abs().max() <= torch.finfo(dtype).max:
             raise InputError(f"{out}: not written, because {name} plus the LoRA has numbers that are too large for "

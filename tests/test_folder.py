@@ -254,13 +254,15 @@ def test_a_damaged_file_is_refused_at_the_start_or_does_not_matter(name, damage,
         assert (whole / "before_after.png").read_bytes() == (copy / "before_after.png").read_bytes()
         saved = [load_file(path / "lora.safetensors") for path in (whole, copy)]
         assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-        assert Image.open(copy / "samples.png").width == Image.open(whole / "samples.png").width
+        ours, theirs = (Image.open(path / "samples.png").size for path in (copy, whole))
+        lost = not name.endswith("2.png") and damage != "swapped"       # the last is drawn again
+        assert ours[0] == theirs[0] and (ours[1] < theirs[1]) == lost
     else:
         go(resume=copy)
         assert_same(whole, copy)
 
 
-def test_a_run_that_is_stopped_in_its_first_epoch_twice_goes_on_with_another_batch(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_in_its_first_epoch_twice_goes_on_with_another_batch(tmp_path):
     """Its first row is drawn again each time, and may be rounded differently."""
     whole = go(tmp_path / "run", epochs=1).folder
     for batch in (1, 2):

@@ -216,7 +216,7 @@ def test_one_name_twice_is_refused(models, tmp_path):
 
 # ---- config.json
 
-@pytest.mark.parametrize("size, pixels", [(None, 512), (8, 16), ([8, 8], 16)])
+@pytest.mark.parametrize("size, pixels", [(None, 512), (8, 16), ([8, 8], 16), (7, 14)])
 def test_sample_size_as_diffusers_writes_it(folder, size, pixels):
     """null says nothing, so it is Stable Diffusion's."""
     edit(folder / "unet" / "config.json", sample_size=size)

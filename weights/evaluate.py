@@ -135,7 +135,7 @@ def main():
         images, animals = draw(model, num, steps, guidance, eta)
         before = report(how, images, animals, classifiers)
     if args.lora:
-        load_lora(args.lora, model.unet)
+        load_lora(args.lora, model.unet, base=model.base)
         images, _ = draw(model, num, steps, guidance, eta)
         after = report(f"{how}, with the LoRA", images, animals, classifiers)
         print(f"still recognised: {100 * after.mean() / before.mean():.1f}% of what was recognised before")

@@ -55,7 +55,7 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
     is not float32, of a copy in that dtype, which gets the new weights after each step: weights, optimizer and average
     stay in float32. Returns modules, with the moving average of the weights if asked for.
     """
-    path = Path(args.work) / f"{name}.pt"
+    path = args.work / f"{name}.pt"
     parameters = list(modules.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
                                   fused=True)
@@ -130,7 +130,7 @@ def fingerprint(network):
 
 def log(args, stage, **figures):
     """Note what a stage took and reached in args.work/log.json."""
-    path = Path(args.work) / "log.json"
+    path = args.work / "log.json"
     notes = json.loads(path.read_text()) if path.exists() else {}
     notes[stage] = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
     with atomic(path) as temporary:
@@ -152,7 +152,7 @@ def render_set(args, part, **options):
 
 def load_or_render(args):
     """The pictures that all but the UNet are trained on, rendered once and kept: a world.Render of arrays."""
-    path = Path(args.work) / "data.npz"
+    path = args.work / "data.npz"
     if not path.exists():
         began, renders = time.time(), render_set(args, part=1)
         with atomic(path) as temporary:
@@ -288,7 +288,7 @@ def cache_latents(args):
 
     They are new ones, which the autoencoder has not seen, with more variety of size.
     """
-    path = Path(args.work) / "latents.pt"
+    path = args.work / "latents.pt"
     if not path.exists():
         began = time.time()
         vae, encoder = frozen_parts(args)
