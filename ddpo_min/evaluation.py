@@ -42,8 +42,7 @@ class Evaluation:
         """Everything drawn and scored, see evaluate()."""
         return evaluate(self.policy, self.prompts, self.seeds, self.scorer, micro_batch=self.micro_batch)
 
-    def draw_shown(self):
-        """The pictures that are shown, uint8 (up to 10, H, W, 3)."""
+    def run_shown(self):
+        """Those that are shown, drawn and scored."""
         prompts, seeds = ([column[i] for i in self.shown] for column in (self.prompts, self.seeds))
-        return sample_trajectories(self.policy, prompts, seeds, micro_batches(0, len(prompts), self.micro_batch),
-                                   keep="images").images
+        return evaluate(self.policy, prompts, seeds, self.scorer, micro_batch=self.micro_batch)

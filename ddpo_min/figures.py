@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of samples with a line of text under each, and the learning curve."""
+"""Pictures of a run: grids of samples with a line of text under each, a moving one, and the learning curve."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -7,6 +7,7 @@ from . import __version__
 from .files import atomic
 
 WRITER = f"ddpo_min {__version__}"
+SOFTWARE = 0x0131     # the number of this field in EXIF
 GAP, LINE = 4, 15     # pixels between pictures, and for a line of text
 
 
@@ -19,6 +20,14 @@ def scale_up(images):
     """Enlarge small pictures (uint8 (N, H, W, 3)) by a whole factor to about 128 pixels, without smoothing."""
     factor = max(1, round(128 / images.shape[1]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def thumbnails(images):
+    """Large pictures (uint8 (N, H, W, 3)) made 128 pixels high, as small ones are by grid()."""
+    if images.shape[1] <= 128:
+        return images
+    size = (max(1, round(128 * images.shape[2] / images.shape[1])), 128)
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) for image in images])
 
 
 def cut_to(text, width, font):
@@ -55,12 +64,22 @@ def grid(rows, captions=None, labels=None):
     return sheet
 
 
-def save_png(path, image):
-    """Write a PIL image, atomically, with the version that made it."""
+def save_png(path, image, **texts):
+    """Write a PIL image, atomically, with the version that made it and other texts."""
     info = PngInfo()
-    info.add_text("Software", WRITER)
+    for name, text in dict(Software=WRITER, **texts).items():
+        info.add_text(name, text)
     with atomic(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
+
+
+def save_moving(path, frames):
+    """Write PIL images of one size as a moving picture (WebP), a second each and the last one longer."""
+    exif = Image.Exif()
+    exif[SOFTWARE] = WRITER
+    with atomic(path) as temporary:
+        frames[0].save(temporary, "WEBP", save_all=True, append_images=frames[1:], quality=80, exif=exif, loop=0,
+                       duration=[1000] * (len(frames) - 1) + [3000])
 
 
 def save_curve(path, history, title):

@@ -14,6 +14,8 @@ from PIL import Image
 from . import __version__, figures
 from .files import TEMPORARY, InputError, atomic, make_folder
 
+MOST_ROWS = 9       # of samples.png
+
 
 def sha256(content):
     """The checksum of bytes, or of a dict of plain values in any order."""
@@ -42,7 +44,7 @@ def instead_of_resuming(folder):
 class Folder:
     """Where a run writes: config.json, metrics.jsonl, state.pt, before.npz, result.json and pictures.
 
-    sums: {name: SHA-256} of before.npz and the rows of samples.png. state.pt keeps it, and ends with its own SHA-256.
+    sums: {name: SHA-256} of before.npz. state.pt keeps it, and ends with its own SHA-256.
     """
 
     def __init__(self, out, resume):
@@ -82,7 +84,7 @@ class Folder:
     def remove(self):
         """Take back what create() made and what came before the first checkpoint: it could not be resumed."""
         with suppress(OSError):     # also if somebody has put something there
-            for name in ("config.json", "before.npz", "samples/epoch_0000.png", "samples.png"):
+            for name in ("config.json", "before.npz", "samples/epoch_0000.png", "samples.png", "samples.webp"):
                 (self.path / name).unlink(missing_ok=True)
             (self.path / "samples").rmdir()
             if self.made:
@@ -174,13 +176,22 @@ class Folder:
         with np.load(io.BytesIO(self._read("before.npz")), allow_pickle=False) as kept:
             return kept["images"], kept["rewards"], dict(zip(kept["names"].tolist(), kept["scores"], strict=True))
 
-    def add_row(self, epoch, images):
-        """Add a row to samples.png: the same prompts and seeds after `epoch` epochs; images uint8 (n, H, W, 3)."""
+    def add_row(self, epoch, images, captions):
+        """Add a row to samples.png and a frame to samples.webp: the same prompts and seeds after `epoch` epochs.
+
+        images: uint8 (n, H, W, 3); captions: n str. Of many rows, samples.png shows MOST_ROWS, evenly chosen.
+        """
         strip, rows = np.concatenate(list(images), axis=1), {}
-        figures.save_png(self.path / "samples" / f"epoch_{epoch:04d}.png", Image.fromarray(strip))
+        figures.save_png(self.path / "samples" / f"epoch_{epoch:04d}.png", Image.fromarray(strip),
+                         captions=json.dumps(captions))
         for path in sorted((self.path / "samples").glob("epoch_????.png")):
-            with suppress(OSError, SyntaxError, ValueError):    # a damaged picture costs its row, not the run
-                drawn = np.asarray(Image.open(path))
+            with suppress(OSError, SyntaxError, ValueError, TypeError):     # damage costs its row, not the run
+                kept = Image.open(path)
+                drawn, below = np.asarray(kept), [str(text) for text in json.loads(kept.info.get("captions", "[]"))]
                 if drawn.shape == strip.shape:
-                    rows[f"epoch {int(path.stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1))
-        figures.save_png(self.path / "samples.png", figures.grid(list(rows.values()), labels=list(rows)))
+                    below = (below + [""] * len(images))[:len(images)]
+                    rows[f"epoch {int(path.stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1)), below
+        frames = [figures.grid([figures.thumbnails(row)], [below], [label]) for label, (row, below) in rows.items()]
+        figures.save_moving(self.path / "samples.webp", frames)
+        labels = [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).round().astype(int)]
+        figures.save_png(self.path / "samples.png", figures.grid([rows[label][0] for label in labels], labels=labels))

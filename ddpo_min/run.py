@@ -84,11 +84,12 @@ class Run:
     def begin(self):
         """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
         images, rewards, scores = self.evaluation.run()
+        shown = self.evaluation.shown
         self.files.create(self.settings.reward)
         try:
             self.write_config()
             self.files.keep_before(images, rewards, scores)
-            self.files.add_row(0, images[self.evaluation.shown])
+            self.files.add_row(0, images[shown], self.captions(rewards[shown]))
             self.save()
         finally:
             if not (self.folder / "state.pt").exists():
@@ -133,18 +134,33 @@ class Run:
     def show(self):
         """A row of samples.png, if it is time for one."""
         if self.finished % self.settings.show_every == 0 and self.finished < self.settings.epochs:
-            self.files.add_row(self.finished, self.evaluation.draw_shown())
+            drawn = self.between(self.evaluation.run_shown)
+            if drawn:
+                images, rewards, _ = drawn
+                self.files.add_row(self.finished, images, self.captions(rewards))
+
+    def captions(self, rewards):
+        """What is written under the pictures that are shown: rewards, of these alone."""
+        prompts = [self.evaluation.prompts[i] for i in self.evaluation.shown]
+        return [f"{number(reward, 2)}  {prompt}" for reward, prompt in zip(rewards, prompts, strict=True)]
 
     def evaluate_between(self):
-        """The means of an evaluation; none if a reward fails, for the epoch just finished must not be lost."""
+        """The means of an evaluation; none if a reward fails."""
+        drawn = self.between(self.evaluation.run)
+        if not drawn:
+            return {}
+        _, rewards, scores = drawn
+        return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
+
+    def between(self, evaluate):
+        """What an evaluation between two epochs gives; None if a reward fails: the epoch before must not be lost."""
         try:
-            _, rewards, scores = self.evaluation.run()
+            return evaluate()
         except NotFinite:
             raise
         except InputError as error:
             self.progress.write(f"no evaluation this time: {error}")
-            return {}
-        return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
+            return None
 
     def save(self):
         """The checkpoint; once it is written an epoch is safe."""
@@ -177,7 +193,8 @@ class Run:
         if self.history:
             figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
         images, rewards, scores = self.evaluation.run()
-        self.files.add_row(self.finished, images[self.evaluation.shown])
+        shown = self.evaluation.shown
+        self.files.add_row(self.finished, images[shown], self.captions(rewards[shown]))
         images_before, rewards_before, scores_before = self.files.before()
         before, after = rewards_before.mean(), rewards.mean()
         self.save_learned(reward_before=before, reward_after=after)
@@ -186,12 +203,11 @@ class Run:
                            scores={name: [scores_before[name].mean(), own.mean()] for name, own in scores.items()
                                    if name in scores_before})
         self.files.write_json("result.json", self.result)
-        shown, prompts = self.evaluation.shown, self.evaluation.prompts
-        captions = [[f"{number(r[i], 2)}  {prompts[i]}" for i in shown] for r in (rewards_before, rewards)]
+        captions = [self.captions(r[shown]) for r in (rewards_before, rewards)]
         figures.save_png(self.folder / "before_after.png", figures.grid([images_before[shown], images[shown]], captions,
                                                                         labels=["before", "after"]))
         print(describe_result(self.settings.reward, self.result, time.time() - self.started))
-        print(f"Look at {self.folder}/before_after.png, samples.png, curve.png; {self.learner.file} has what was "
+        print(f"Look at {self.folder}/before_after.png, samples.webp, curve.png; {self.learner.file} has what was "
               "learned.")
 
 

@@ -57,7 +57,7 @@ class Settings:
     eval_samples: int = 180         # pictures of an evaluation, on held-out seeds
     eval_prompts: str = ""          # prompts to evaluate on instead of --prompts, without those trained on
     eval_every: int = 0             # epochs between two evaluations; 0: only before and after training
-    show_every: int = 4             # epochs between two rows of samples.png
+    show_every: int = 1             # epochs between two rows of samples.png, and two frames of samples.webp
     # Reward models
     clip_model: str = ""            # open_clip's name, for aesthetic and clip; empty: by --weights [ViT-L-14-quickgelu]
     clip_weights: str = ""          # its file, or a tag that open_clip can fetch

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from ddpo_min import cli, files, run
+from ddpo_min import cli, files, folder, run
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.cli import make_settings
 from ddpo_min.files import TEMPORARY, InputError, atomic
@@ -67,7 +67,8 @@ def go(out="", on_log=lambda epoch: None, epochs=EPOCHS, **given):
     learner = learner_of(s, init_lora=own.init_lora)
     evaluation = SimpleNamespace(shown=[0, 2], prompts=list("abcde"), scorer=SimpleNamespace(files={}), run=
                                  lambda: (pictures(learner), pictures(learner).mean((1, 2, 3)), {}),
-                                 draw_shown=lambda: pictures(learner)[[0, 2]])
+                                 run_shown=
+                                 lambda: (pictures(learner)[[0, 2]], pictures(learner).mean((1, 2, 3))[[0, 2]], {}))
     with own.epochs(learner, evaluation) as left:
         for epoch in left:
             own.progress("sampling", 8)
@@ -87,7 +88,7 @@ def assert_same(a, b):
     ours, theirs = load_file(a / "lora.safetensors"), load_file(b / "lora.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert metrics(a) == metrics(b) and len(metrics(a)) == EPOCHS
-    for name in ("samples.png", "before_after.png"):
+    for name in ("samples.png", "samples.webp", "before_after.png"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert not [*a.rglob(f"{TEMPORARY}*"), *b.rglob(f"{TEMPORARY}*")]
 
@@ -224,7 +225,9 @@ def test_every_kind_of_disk_error_is_told_in_the_systems_words():
 # Files lost, damaged, or of another run
 
 def flipped(content):
-    return content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 16]) + content[len(content) // 2 + 1:]
+    """A bit in the middle; of a PNG, in its pixels."""
+    k = content.find(b"IDAT") + 8 if b"IDAT" in content else len(content) // 2
+    return content[:k] + bytes([content[k] ^ 16]) + content[k + 1:]
 
 
 DAMAGES = dict(emptied=lambda content: b"", truncated=lambda content: content[:len(content) * 2 // 3], flipped=flipped,
@@ -234,7 +237,8 @@ DAMAGES = dict(emptied=lambda content: b"", truncated=lambda content: content[:l
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["state.pt", "config.json", "before.npz", "samples/epoch_0000.png",
                                   "samples/epoch_0001.png", "samples/epoch_0002.png", "lora.safetensors",
-                                  "metrics.jsonl", "result.json", "samples.png", "curve.png", "before_after.png"])
+                                  "metrics.jsonl", "result.json", "samples.png", "samples.webp", "curve.png",
+                                  "before_after.png"])
 def test_a_damaged_file_is_refused_at_the_start_or_does_not_matter(name, damage, copy, part, whole):
     path, change = copy / name, DAMAGES[damage]
     if change is None:
@@ -260,6 +264,39 @@ def test_a_damaged_file_is_refused_at_the_start_or_does_not_matter(name, damage,
     else:
         go(resume=copy)
         assert_same(whole, copy)
+
+
+def test_the_moving_picture_shows_every_row_with_its_rewards(whole, part, copy):
+    moving = Image.open(whole / "samples.webp")
+    assert moving.n_frames == EPOCHS + 1
+    for epoch in range(EPOCHS + 1):
+        kept = Image.open(whole / "samples" / f"epoch_{epoch:04d}.png")
+        images, captions = np.split(np.asarray(kept), 2, axis=1), json.loads(kept.info["captions"])
+        assert captions == [f"{image.mean():.2f}  {prompt}" for image, prompt in zip(images, "ac")]
+        ours = np.asarray(run.figures.grid([np.stack(images)], [captions], [f"epoch {epoch}"])).astype(int)
+        moving.seek(epoch)
+        theirs = np.asarray(moving.convert("RGB")).astype(int)
+        assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.9
+        texts = (ours[-16:, :], ours[:, :50]), (theirs[-16:, :], theirs[:, :50])       # captions and label
+        assert all(np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8 for a, b in zip(*texts))
+
+
+def test_many_rows_are_thinned_in_samples_png(copy, monkeypatch):
+    monkeypatch.setattr(folder, "MOST_ROWS", 2)
+    shown = []
+    monkeypatch.setattr(folder.figures, "grid", lambda rows, captions=None, labels=None, grid=folder.figures.grid:
+                        shown.append(labels) or grid(rows, captions, labels))
+    go(resume=copy)
+    assert shown[-2] == ["epoch 0", f"epoch {EPOCHS}"]
+
+
+def test_large_pictures_are_shrunk_in_the_moving_picture():
+    large = np.random.default_rng(0).integers(0, 256, (2, 512, 1024, 3), dtype=np.uint8)
+    small = run.figures.thumbnails(large)
+    assert small.shape == (2, 128, 256, 3)
+    blocks = large.reshape(2, 128, 4, 256, 4, 3).mean((2, 4))
+    assert np.corrcoef(small.ravel(), blocks.ravel())[0, 1] > 0.8
+    assert run.figures.thumbnails(blocks) is blocks
 
 
 def test_a_run_that_is_stopped_in_its_first_epoch_twice_goes_on_with_another_batch(tmp_path):

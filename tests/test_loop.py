@@ -153,6 +153,7 @@ def test_every_file_of_a_run_names_the_version(tiny_file, tmp_path):
     assert np.load(out / "before.npz")["version"] == __version__
     with safe_open(out / "lora.safetensors", "pt") as file:
         assert json.loads(file.metadata()["ddpo_min"])["version"] == __version__
+    assert Image.open(out / "samples.webp").getexif()[0x131] == f"ddpo_min {__version__}"
     pictures = [*out.glob("*.png"), *out.glob("samples/*.png")]
     assert [Image.open(path).text["Software"] for path in pictures] == [f"ddpo_min {__version__}"] * 5
 

@@ -81,7 +81,7 @@ def test_every_metric_and_file_of_a_run_is_named_in_the_code():
     assert len(metrics) > 20 and len(files) > 9
     assert [name for name in metrics if not re.search(rf"\b{name.removesuffix('NAME')}", code)] == []
     assert [name for name in files if f'"{name}"' not in code] == []
-    written = set(re.findall(r'"([\w]+\.(?:json|jsonl|pt|npz|png|safetensors))"', "".join(
+    written = set(re.findall(r'"([\w]+\.(?:json|jsonl|pt|npz|png|webp|safetensors))"', "".join(
         (ROOT / "ddpo_min" / name).read_text() for name in ("run.py", "folder.py", "learner.py"))))
     assert written <= set(files)
 

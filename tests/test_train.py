@@ -54,6 +54,7 @@ def assert_same_run(a, b):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert metrics(a) == metrics(b)
     assert (a / "samples.png").read_bytes() == (b / "samples.png").read_bytes()
+    assert (a / "samples.webp").read_bytes() == (b / "samples.webp").read_bytes()
     assert (a / "before_after.png").read_bytes() == (b / "before_after.png").read_bytes()
 
 
