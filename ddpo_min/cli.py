@@ -44,7 +44,8 @@ RANGES = (
     ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
-    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "vlm_retries", "batch")),
+    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "keep_every", "vlm_retries",
+     "batch")),
     ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
      "guidance", "adam_eps", "inverse_temperature", "vlm_timeout")),
@@ -159,7 +160,9 @@ def make_settings(**given):
     """
     given = {name: str(value) if isinstance(value, PathLike) else value for name, value in given.items()}
     _check_types(given)
-    if given.get("resume"):
+    if given.get("auto_resume"):
+        settings = _started_or_resumed(given)
+    elif given.get("resume"):
         settings = _resumed(**given)
     else:
         if "rank" in given and given.get("init_lora"):
@@ -167,6 +170,23 @@ def make_settings(**given):
         settings = _filled(given)
     check_settings(settings, own_reward=True)       # train() looks the reward up: it may be a function
     return settings
+
+
+def _started_or_resumed(given):
+    """--auto-resume: the settings of a new run, or of the one in --out, which must be the same. Raises InputError."""
+    if not given.get("out") or given.get("resume"):
+        raise InputError("--auto-resume: goes on with the run in --out, which must be given, and --resume must not")
+    wanted = _filled(given)
+    if not (Path(wanted.out) / "state.pt").is_file():
+        return wanted
+    changes = {name: given[name] for name in sorted(ON_RESUME & given.keys()) if (name, given[name]) != ("batch", 0)}
+    run = _resumed(wanted.out, **{**changes, **given_again(vars(wanted))})
+    own = {*ON_RESUME, "out", "resume", "auto_resume"} | {"reward"} - given.keys()      # reward: a function
+    for name, value in vars(run).items():
+        if name not in own and getattr(wanted, name) != value:
+            raise InputError(f"--auto-resume: the run in {wanted.out} has {flag(name)} {value}, not "
+                             f"{getattr(wanted, name)}; start the other one with another --out")
+    return replace(run, auto_resume=True)
 
 
 def with_own_reward(settings, reward):
@@ -361,6 +381,7 @@ def command(s):
     usual, base, default = _usual_preset(s.weights, s.algorithm), _base(s), Settings()
     of_preset = PRESETS[s.preset] if s.preset != usual else {}     # the usual preset follows from the algorithm
     expected = {**vars(base), "preset": usual, "weights": "", "reward": None, "out": s.out, "resume": s.resume,
+                "auto_resume": s.auto_resume,
                 "algorithm": of_preset.get("algorithm", default.algorithm),
                 "trainable": PRESETS[s.preset].get("trainable", default.trainable)}
     words = ["python", "train.py"]

@@ -11,10 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".ddpo_min-"        # how the names of files begin that are still being written
+# Signals that ask to stop; Windows has no SIGHUP
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line that names it and says what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or a signal that asks to stop; number: the signal's."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
 
 
 class NotFinite(InputError):
@@ -67,6 +77,39 @@ def disk_trouble(error):
     return ""
 
 
+class Lock:
+    """A file that this process holds until it ends, however it ends; another process is told that it is held."""
+
+    def __init__(self, path):
+        """Raises InputError if another process holds it. Where the system knows no such locks, nothing is held."""
+        self.path, self.file = Path(path), None
+        try:
+            import fcntl
+        except ImportError:     # Windows
+            return
+        while self.file is None:
+            file = open(self.path, "w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(self.path).st_ino == os.fstat(file.fileno()).st_ino:
+                    self.file = file
+            except BlockingIOError:
+                raise InputError(f"{self.path.parent}: another run is writing to it; wait for its end, stop it, or "
+                                 "choose another folder with --out")
+            except FileNotFoundError:       # released in between, as where the numbers differ: try again
+                pass
+            except OSError:         # a file system without locks
+                return
+
+    def release(self):
+        """Let go of it, and take it away."""
+        if self.file:
+            with suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+
+
 def make_folder(path):
     """Make a folder, and those above it, unless it is there. Raises InputError."""
     try:
@@ -75,22 +118,27 @@ def make_folder(path):
         raise InputError(f"{path}: cannot be made a folder ({error.strerror}); choose another place")
 
 
+def stop(number, frame):
+    """The handler of signals that ask to stop."""
+    raise Stopped(number)
+
+
 @contextmanager
 def uninterrupted():
-    """Ctrl-C, or SIGTERM in a command of run_main(), takes effect only when the block is over."""
+    """Ctrl-C, or another signal that would stop a command of run_main(), takes effect only when the block is over."""
     main = threading.current_thread() is threading.main_thread()        # no other thread hears signals
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
-               if main and signal.getsignal(number) is signal.default_int_handler]
+    usual = {number: signal.getsignal(number) for number in STOPS if main}
+    usual = {number: handler for number, handler in usual.items() if handler in (stop, signal.default_int_handler)}
     heard = []
-    for number in numbers:
-        signal.signal(number, lambda *_: heard.append(1))
+    for number in usual:
+        signal.signal(number, lambda *given: heard.append(given))
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
     if heard:
-        raise KeyboardInterrupt
+        usual[heard[0][0]](*heard[0])
 
 
 def _umask():
@@ -121,10 +169,12 @@ def is_out_of_memory(error):
 def run_main(main):
     """Call a command's main() and leave with its exit status, without a traceback for what is no mistake of the code.
 
-    2, with one line on stderr: bad input, no memory, a disk that refuses; 130: Ctrl-C or SIGTERM; 141: nobody reads
-    what is printed any more.
+    2, with one line on stderr: bad input, no memory, a disk that refuses; 128 and the signal's number after one that
+    asks to stop: 130 after Ctrl-C; 141: nobody reads what is printed any more.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:       # as nohup has it for SIGHUP
+            signal.signal(number, stop)
     if hasattr(sys.stdout, "reconfigure"):      # neither a closed one nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
     try:
@@ -140,7 +190,7 @@ def run_main(main):
                       "room on the disk, at the connection, and at where the output goes", file=sys.stderr)
         for stream in filter(None, (sys.stdout, sys.stderr)):       # so that what they still hold is dropped in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status == 130 and threading.active_count() > 1 and not hasattr(sys, "ps1"):      # ps1: somebody's shell
+    if status in range(129, 160) and threading.active_count() > 1 and not hasattr(sys, "ps1"):      # ps1: somebody's shell
         os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
     sys.exit(status)
 
@@ -163,8 +213,8 @@ def _status(main):
         if error.filename is None:
             raise
         message = f"{error.filename}: {error.strerror}; expected a file or folder that can be used"
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped", file=sys.stderr, flush=True)
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     print(f"error: {message}", file=sys.stderr)
     return 2

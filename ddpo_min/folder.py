@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from . import __version__, figures
-from .files import TEMPORARY, InputError, atomic, make_folder
+from .files import TEMPORARY, InputError, Lock, atomic, make_folder
 
 MOST_ROWS = 9       # of samples.png
+LOCK = ".lock"      # the file that says that a run is writing to the folder
+EARLY = ("config.json", "before.npz", "samples.png", "samples.webp")       # written before the first checkpoint
 
 
 def sha256(content):
@@ -47,18 +49,22 @@ class Folder:
     sums: {name: SHA-256} of before.npz. state.pt keeps it, and ends with its own SHA-256.
     """
 
-    def __init__(self, out, resume):
-        """out: its path, "" for runs/REWARD, made by create(); resume: whether it is there already.
+    def __init__(self, out, resume, anew=False):
+        """out: its path, "" for runs/REWARD, made by create(); resume: whether it is there already; anew: whether what
+        a run has left there that was killed before its first checkpoint may be taken away.
 
-        Raises InputError if it cannot be written to, or holds something else.
+        Raises InputError if it cannot be written to, holds something else, or if another run is writing to it.
         """
-        self.path, self.sums, self.made = Path(out) if out else None, {}, False
+        self.path, self.sums, self.made, self.lock = Path(out) if out else None, {}, False, None
         try:
             if out and self.path.exists() and not self.path.is_dir():
                 raise InputError(f"--out {out}: a file; expected a folder, new or empty")
-            if out and not resume and self.path.exists() and any(self.path.iterdir()):
-                go_on = f", or --resume {out}" if (self.path / "state.pt").exists() else ""
-                raise InputError(f"--out {out}: already holds files; choose another{go_on}")
+            if out and self.path.exists() and (resume or anew):
+                self.lock = Lock(self.path / LOCK)
+            if out and not resume and self.path.exists():
+                if anew and self._is_early():
+                    self.remove()
+                self._refuse_a_full_one()
             there = self.path or Path("runs")
             while not there.exists():
                 there = there.absolute().parent
@@ -66,6 +72,27 @@ class Folder:
             raise InputError(f"--out {out or 'runs'}: cannot be looked into ({error.strerror}); choose another")
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise InputError(f"--out {out or 'runs'}: {there} is no folder that can be written to")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.release()
+
+    def _refuse_a_full_one(self):
+        if self.path.exists() and {path.name for path in self.path.iterdir()} - {LOCK}:
+            self.release()
+            go_on = f", or --resume {self.path}" if (self.path / "state.pt").exists() else ""
+            raise InputError(f"--out {self.path}: already holds files; choose another{go_on}")
+
+    def _is_early(self):
+        """Whether nothing is there but what a run leaves that is killed before its first checkpoint."""
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(TEMPORARY)} - {LOCK, "samples"}
+        try:
+            ours = not names or "sha256" in json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError, TypeError):
+            ours = False
+        return ours and names <= set(EARLY)
 
     def create(self, reward):
         """Choose runs/REWARD, or runs/REWARD-2, -3, ... if taken, also by a run that starts at the same moment."""
@@ -79,16 +106,30 @@ class Folder:
                 self.path = path
             except FileExistsError:
                 n += 1
+        make_folder(self.path)
+        self.lock = self.lock or Lock(self.path / LOCK)
+        self._refuse_a_full_one()       # another run may have started at the same moment, and ended
         make_folder(self.path / "samples")
 
     def remove(self):
         """Take back what create() made and what came before the first checkpoint: it could not be resumed."""
         with suppress(OSError):     # also if somebody has put something there
-            for name in ("config.json", "before.npz", "samples/epoch_0000.png", "samples.png", "samples.webp"):
+            for name in (*EARLY, "samples/epoch_0000.png"):
                 (self.path / name).unlink(missing_ok=True)
+            self._take_away_half_written()
             (self.path / "samples").rmdir()
             if self.made:
+                self.release()
                 self.path.rmdir()
+
+    def release(self):
+        """The run is over: another may have the folder."""
+        if self.lock:
+            self.lock.release()
+
+    def _take_away_half_written(self):
+        for stale in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"samples/{TEMPORARY}*")]:
+            stale.unlink()
 
     def write_json(self, name, content):
         """One JSON object in a file of its own."""
@@ -127,8 +168,7 @@ class Folder:
                              f"the right one, or {instead_of_resuming(self.path)}")
         for name in self.sums:
             self._read(name)
-        for stale in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"samples/{TEMPORARY}*")]:
-            stale.unlink()
+        self._take_away_half_written()
 
     def _read(self, name):
         """The content of a file whose checksum is kept. Raises InputError if it is not what was written."""

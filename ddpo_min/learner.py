@@ -51,11 +51,15 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.statistics.load_state_dict(state["statistics"])
 
-    def save(self, folder, **story):
-        """Write the LoRA, or the complete model in Stable Diffusion's single-file layout (float32)."""
+    def save(self, folder, mark="", **story):
+        """Write the LoRA, or the complete model in Stable Diffusion's single-file layout (float32).
+
+        mark: what stands in the file's name before its dot; story: what its metadata say.
+        """
+        path = folder / self.file.replace(".", f"{mark}.")
         if self.lora:
-            save_lora(folder / self.file, self.lora, base_name=self.model.base, **story)
+            save_lora(path, self.lora, base_name=self.model.base, **story)
         else:
             model = self.model
-            save_single_file(folder / self.file, model.unet, model.vae, model.text_encoder, torch.float32,
+            save_single_file(path, model.unet, model.vae, model.text_encoder, torch.float32,
                              model.image_size, **story)

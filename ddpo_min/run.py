@@ -2,6 +2,7 @@
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 from . import __version__, figures
@@ -28,9 +29,13 @@ class Run:
     def __init__(self, settings):
         """Raises InputError if the folder cannot be used, or cannot be resumed."""
         self.settings = settings
-        self.files = Folder(settings.out, settings.resume)
+        self.files = Folder(settings.out, settings.resume, anew=settings.auto_resume)
         if settings.resume:
-            self.files.check(self.kept)
+            try:
+                self.files.check(self.kept)
+            except InputError:
+                self.files.release()
+                raise
         self.progress = Progress(settings.epochs, settings.samples, settings.inner_epochs)
         self.history, self.result, self.finished, self.started = [], None, 0, time.time()
 
@@ -43,7 +48,7 @@ class Run:
     def kept(self):
         """{name: value} of the settings that a run keeps when it is resumed."""
         return {name: value for name, value in asdict(self.settings).items()
-                if name not in {*ON_RESUME, "out", "resume"}}
+                if name not in {*ON_RESUME, "out", "resume", "auto_resume"}}
 
     @property
     def init_lora(self):
@@ -55,31 +60,40 @@ class Run:
     def epochs(self, learner, evaluation):
         """Around the loop: yields the epochs that are left, from 0; then evaluates and draws the figures.
 
-        Ctrl-C ends the loop at the last epoch that is finished. So does an InputError (a reward that fails, numbers
-        that are not finite, a full disk), which is raised again and says how to go on.
+        An InputError (a reward that fails, numbers that are not finite, a full disk) ends the run at the last epoch
+        that is finished; so does a stop, which leaves out the evaluation. Both are raised again and say how to go on.
         """
         self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
-        self.go_on() if self.settings.resume else self.begin()
-        self.progress.open(self.finished)
+        with self.files:        # nobody else's until the run is over
+            self.go_on() if self.settings.resume else self.begin()
+            self.progress.open(self.finished)
+            try:
+                try:
+                    yield self.progress.epochs_from(self.finished)
+                finally:
+                    self.progress.close()
+                self.finish()
+            except KeyboardInterrupt as stopped:
+                on, evaluate = (f"{self.how_to_go_on} --epochs {n}" for n in (self.settings.epochs, self.finished))
+                stopped.args = (f"stopped after epoch {self.finished}; go on with {on}, or evaluate it with {evaluate}",)
+                raise
+            except InputError as error:
+                raise self.saved_before(error) from error
+
+    def saved_before(self, error):
+        """Back to the last checkpoint, published; returns the error that also says what is saved and how to go on."""
         try:
-            try:
-                yield self.progress.epochs_from(self.finished)
-            except KeyboardInterrupt:
-                self.load()
-                self.progress.write(f"stopped after epoch {self.finished}; go on with "
-                                    f"{how_to_resume(self.settings, self.folder)} --epochs {self.settings.epochs}")
-            finally:
-                self.progress.close()
-            self.finish()
-        except InputError as error:
-            try:
-                self.load()
-            except InputError:              # the folder itself is lost
-                raise error
-            with suppress(InputError):      # a full disk has no room for it
-                self.save_learned()
-            raise InputError(f"{error}; {self.finished} finished epochs are saved, go on with "
-                             f"{how_to_resume(self.settings, self.folder)}") from error
+            self.load()
+        except InputError:              # the folder itself is lost
+            return error
+        with suppress(InputError):      # a full disk has no room for it
+            self.save_learned()
+        return InputError(f"{error}; {self.finished} finished epochs are saved, go on with {self.how_to_go_on}")
+
+    @property
+    def how_to_go_on(self):
+        """The flags of train.py that resume this run."""
+        return how_to_resume(self.settings, self.folder)
 
     def begin(self):
         """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
@@ -90,7 +104,7 @@ class Run:
             self.write_config()
             self.files.keep_before(images, rewards, scores)
             self.files.add_row(0, images[shown], self.captions(rewards[shown]))
-            self.save()
+            self.save(0)
         finally:
             if not (self.folder / "state.pt").exists():
                 self.files.remove()
@@ -105,6 +119,8 @@ class Run:
                 print(f"  {name}: its file has changed since the run began; rewards from before are not comparable")
         self.write_config()
         self.publish()
+        if self.history:
+            self.keep()
         self.show()
 
     def write_config(self):
@@ -125,9 +141,9 @@ class Run:
         line.update({f"score_{name}": own.mean() for name, own in scores.items()},
                     peak_memory_mb=peak_memory_mb(self.learner.optimizer.parameters[0].device))
         self.history.append({name: value if isinstance(value, list) else float(value) for name, value in line.items()})
-        self.finished = finished
         with uninterrupted():
-            self.save()
+            self.save(finished)
+            self.keep()
         self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
         self.show()
 
@@ -162,11 +178,20 @@ class Run:
             self.progress.write(f"no evaluation this time: {error}")
             return None
 
-    def save(self):
-        """The checkpoint; once it is written an epoch is safe."""
-        self.files.write_state(dict(epoch=self.finished, learner=self.learner.state_dict(), history=self.history,
+    def save(self, finished):
+        """The checkpoint after so many epochs; once it is written they are safe."""
+        self.files.write_state(dict(epoch=finished, learner=self.learner.state_dict(), history=self.history,
                                     settings=self.kept, reward_files=self.reward_files))
+        self.finished = finished
         self.publish()
+
+    def keep(self):
+        """Copies of what was learned that later epochs do not replace: of every Nth epoch, and the best evaluated."""
+        s, score = self.settings, "eval_reward"
+        if s.keep_every and self.finished % s.keep_every == 0:
+            self.save_learned(f"_{self.finished:04d}")
+        if score in self.history[-1] and self.history[-1][score] == max(h.get(score, -inf) for h in self.history):
+            self.save_learned("_best", evaluated=self.history[-1][score])
 
     def publish(self):
         """What the checkpoint has, for other programs; a complete model at the end only, it is large."""
@@ -174,10 +199,10 @@ class Run:
         if self.learner.lora:
             self.save_learned()
 
-    def save_learned(self, **story):
-        """Write the LoRA, or the complete model, with its story in its metadata."""
+    def save_learned(self, mark="", **story):
+        """Write the LoRA, or the complete model, with its story in its metadata; mark: a part of the file's name."""
         s = self.settings
-        self.learner.save(self.folder, reward=s.reward, epochs=self.finished, steps=s.steps, guidance=s.guidance,
+        self.learner.save(self.folder, mark, reward=s.reward, epochs=self.finished, steps=s.steps, guidance=s.guidance,
                           base=Path(s.weights).name or SHIPPED.name, command=command(s), version=__version__, **story)
 
     def load(self):

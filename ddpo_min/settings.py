@@ -56,7 +56,7 @@ class Settings:
     watch: str = ""                 # rewards to log and draw beside the trained one, with commas between
     eval_samples: int = 180         # pictures of an evaluation, on held-out seeds
     eval_prompts: str = ""          # prompts to evaluate on instead of --prompts, without those trained on
-    eval_every: int = 0             # epochs between two evaluations; 0: only before and after training
+    eval_every: int = 0             # epochs between two evaluations, the best is kept; 0: only before and after training
     show_every: int = 1             # epochs between two rows of samples.png, and two frames of samples.webp
     # Reward models
     clip_model: str = ""            # open_clip's name, for aesthetic and clip; empty: by --weights [ViT-L-14-quickgelu]
@@ -78,6 +78,8 @@ class Settings:
     dtype: str = "float32"          # of the frozen networks: float32, bfloat16, or float16 on GPUs before 2020
     checkpointing: bool = False     # compute activations again in the backward pass: less memory, a third more time
     compile: bool = False           # torch.compile the UNet, in sampling and training; takes minutes at the start
+    keep_every: int = 0             # epochs between two LoRAs that later ones do not replace; 0: only the last is kept
+    auto_resume: bool = False       # start, or go on with the run in --out if there is one: the same command does both
     resume: str = ""                # folder of a run to go on with; docs/metrics.md has the settings that may change
 
     @property

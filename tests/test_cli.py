@@ -117,11 +117,11 @@ def test_without_flags_the_settings_are_the_defaults_to_the_last_one():
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings) if field.type is bool])
-def test_switches_go_on_and_off(name):
-    flag = name.replace("_", "-")
-    assert getattr(read_settings([f"--{flag}"]), name) is True
-    assert getattr(read_settings([f"--no-{flag}"]), name) is False
-    assert getattr(read_settings([f"--{flag}", f"--no-{flag}"]), name) is False
+def test_switches_go_on_and_off(name, tmp_path):
+    flag, out = name.replace("_", "-"), ["--out", str(tmp_path / "run")]
+    assert getattr(read_settings([*out, f"--{flag}"]), name) is True
+    assert getattr(read_settings([*out, f"--no-{flag}"]), name) is False
+    assert getattr(read_settings([*out, f"--{flag}", f"--no-{flag}"]), name) is False
 
 
 def test_a_path_will_do_for_text_and_a_whole_number_for_a_float(tiny_file):

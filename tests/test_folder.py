@@ -61,7 +61,7 @@ def pictures(learner):
 
 def go(out="", on_log=lambda epoch: None, epochs=EPOCHS, **given):
     """train() with made-up pictures and gradients; returns the Run."""
-    given = given if "resume" in given else dict(samples=8, show_every=1, out=str(out), **given)
+    given = given if "resume" in given else dict(dict(samples=8, show_every=1, out=str(out)), **given)
     s = make_settings(epochs=epochs, device="cpu", **given)
     own = run.Run(s)
     learner = learner_of(s, init_lora=own.init_lora)
@@ -426,7 +426,7 @@ def test_a_run_that_starts_from_a_lora_resumes_and_knows_its_alphas(tmp_path):
 
 # Stops
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", files.STOPS)
 def test_a_stop_while_the_checkpoint_is_written_keeps_its_epoch(number, whole, tmp_path, monkeypatch):
     saved, save = [], torch.save
 
@@ -436,17 +436,22 @@ def test_a_stop_while_the_checkpoint_is_written_keeps_its_epoch(number, whole, t
             os.kill(os.getpid(), number)
         save(*given)
 
-    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)       # as run_main() does
+    out, usual = tmp_path / "run", {n: signal.signal(n, files.stop) for n in files.STOPS}       # as run_main() does
     try:
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(files.Stopped) as caught:
             patch.setattr(torch, "save", stopped)
-            own = go(tmp_path / "run")
-        assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            go(out)
+        assert all(signal.getsignal(n) is files.stop for n in files.STOPS)
     finally:
-        signal.signal(signal.SIGTERM, usual)
-    assert own.finished == 2 and len(metrics(own.folder)) == 2
-    go(resume=own.folder)
-    assert_same(whole, own.folder)
+        for n, handler in usual.items():
+            signal.signal(n, handler)
+    assert str(caught.value) == (f"stopped after epoch 2; go on with --resume {out} --epochs 3, or evaluate it with "
+                                 f"--resume {out} --epochs 2")
+    assert caught.value.number == number and len(metrics(out)) == 2 and not (out / "result.json").exists()
+    shutil.copytree(out, tmp_path / "copy")
+    assert go(resume=tmp_path / "copy", epochs=2).result["epochs"] == 2
+    go(resume=out)
+    assert_same(whole, out)
 
 
 def test_an_epoch_is_safe_before_it_is_announced(whole, tmp_path, monkeypatch):
@@ -545,7 +550,9 @@ def command(code, *, shell="{}", **environment):
      "read that has no name; look at the room on the disk, at the connection, and at where the output goes\n"),
     ("print('a')", "{} >&-", 0, "", ""),
     ("raise OSError('no errno')", "{} 2>&1 | tail -1", 1, "OSError: no errno\n", ""),
-    ("os.kill(os.getpid(), signal.SIGTERM)", "{}", 130, "", "stopped\n"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", "{}", 143, "", "stopped\n"),
+    ("os.kill(os.getpid(), signal.SIGHUP)", "{}", 129, "", "stopped\n"),
+    ("os.kill(os.getpid(), signal.SIGHUP); print('a')", "nohup {} 2>&1", 0, "a\n", ""),
     ("print('a'); os.kill(os.getpid(), signal.SIGINT)", "{}", 130, "a\n", "stopped\n"),
     ("import threading, time\nthreading.Thread(target=time.sleep, args=[999]).start()\n"
      "os.kill(os.getpid(), signal.SIGINT)", "{}", 130, "", "stopped\n"),
