@@ -7,8 +7,8 @@ picture. The loop in train() is the outline of the algorithm: sample, score, adv
 An epoch samples pictures and trains on them in inner epochs (passes), a pass in minibatches (an optimizer step each), a
 minibatch in micro-batches (the samples that go through the network together, at one denoising step).
 
-What is left out: a learned value function (a picture is compared with others, by default with those of its prompt),
-more than one process, samplers other than DDIM. Read next: ddpo_min/rollout.py (sample), ddpo_min/advantages.py,
+What is left out: a learned value function (a picture is compared with others, by default with those of its prompt) and
+samplers other than DDIM. Read next: ddpo_min/rollout.py (sample), ddpo_min/advantages.py,
 ddpo_min/ddpo.py (update) and ddpo_min/plan.py (who is in which minibatch).
 """
 from dataclasses import replace
@@ -28,6 +28,7 @@ from ddpo_min.learner import Learner
 from ddpo_min.memory import prepare
 from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
+from ddpo_min.processes import count, rank, together
 from ddpo_min.prompts import draw_prompts, evaluation_prompts, find_prompts
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.run import Run
@@ -71,7 +72,7 @@ def train(settings, reward=None):
         checkpointing=settings.checkpointing, compile=settings.compile))
     plan = Plan(settings.samples, settings.updates, settings.batch, inner_epochs=settings.inner_epochs,
                 steps=range(settings.first_step - 1, settings.last_step or settings.steps),     # i = 0: the noisiest
-                fraction=settings.timestep_fraction, progress=run.progress)
+                fraction=settings.timestep_fraction, progress=run.progress, rank=rank(), processes=count())
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
                                micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
     weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
@@ -115,4 +116,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(together(main))

@@ -43,6 +43,7 @@ def ddpo_update(policy, optimizer, trajectories, advantages, rng, *, plan, clip_
             metrics.add(len(x_t), i, loss=loss, kl_to_base=kl, approx_kl=0.5 * ((log_p - log_p_old) ** 2).mean(),
                         clip_fraction=(error > limit).to(loss).mean(), ratio_error=error.max())
         metrics.step(optimizer.step())
+    metrics.of_all()
     means = {name: metrics.mean(name) for name in ("loss", "approx_kl", "clip_fraction")}
     if kl_weight:
         means["kl_to_base"] = metrics.mean("kl_to_base")

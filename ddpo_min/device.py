@@ -1,10 +1,12 @@
 """The device that the networks run on, and how it is used best."""
 import ctypes
+import os
 import sys
 
 import torch
 
 from .files import InputError
+from .processes import count
 
 
 def pick_device(name, dtype="float32"):
@@ -28,6 +30,13 @@ def pick_device(name, dtype="float32"):
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif name == "cpu":
         keep_freed_memory()
+    if name == "cuda" and count() > 1:
+        own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if own >= there:
+            raise InputError(f"--device cuda: process {own} of this machine has no GPU of its own, there are {there}; "
+                             "start as many with --nproc_per_node")
+        torch.cuda.set_device(own)
+        return torch.device("cuda", own)
     return torch.device(name)
 
 

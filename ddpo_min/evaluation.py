@@ -3,8 +3,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import micro_batches
+from .plan import micro_batches, part_of
 from .policy import Policy
+from .processes import count, gather_images, rank
 from .prompts import held_out
 from .rollout import sample_trajectories
 from .scorer import Scorer
@@ -13,9 +14,11 @@ from .scorer import Scorer
 def evaluate(policy, prompts, seeds, scorer, *, micro_batch):
     """Draw these pictures and score them: (images uint8 (N, H, W, 3), rewards (N,), {name: scores (N,)})."""
     scorer.forget()         # what an epoch that was stopped has left
-    drawn = sample_trajectories(policy, prompts, seeds, micro_batches(0, len(prompts), micro_batch), keep="images",
+    own = part_of(0, len(prompts), rank(), count())
+    drawn = sample_trajectories(policy, prompts, seeds, micro_batches(own.start, own.stop, micro_batch), keep="images",
                                 on_images=scorer.add)
-    return drawn.images, *scorer.collect()
+    rewards, scores = scorer.collect()
+    return gather_images(drawn.images), rewards, scores
 
 
 @dataclass

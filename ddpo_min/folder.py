@@ -49,13 +49,16 @@ class Folder:
     sums: {name: SHA-256} of before.npz. state.pt keeps it, and ends with its own SHA-256.
     """
 
-    def __init__(self, out, resume, anew=False):
+    def __init__(self, out, resume, anew=False, mine=True):
         """out: its path, "" for runs/REWARD, made by create(); resume: whether it is there already; anew: whether what
-        a run has left there that was killed before its first checkpoint may be taken away.
+        a run has left there that was killed before its first checkpoint may be taken away; mine: whether this process
+        writes to it, and not another one of the same run.
 
         Raises InputError if it cannot be written to, holds something else, or if another run is writing to it.
         """
         self.path, self.sums, self.made, self.lock = Path(out) if out else None, {}, False, None
+        if not mine:
+            return
         try:
             if out and self.path.exists() and not self.path.is_dir():
                 raise InputError(f"--out {out}: a file; expected a folder, new or empty")

@@ -2,6 +2,7 @@
 import torch
 
 from .files import InputError, first_line, is_out_of_memory
+from .processes import gather
 from .vae import decode_images
 
 LARGEST = 64        # the micro-batch that --batch auto starts from: larger ones gain nothing
@@ -70,7 +71,7 @@ def prepare(policy, parameters, *, batch, minibatch, checkpointing, compile):
     hour.
     """
     policy.model.unet.checkpointing = checkpointing
-    size = batch or fitting_batch(policy, parameters, min(minibatch, LARGEST))
+    size = batch or min(gather(fitting_batch(policy, parameters, min(minibatch, LARGEST))))
     if batch and parameters[0].device.type != "cpu":
         try_out(policy, parameters, min(size, minibatch))
     if compile:

@@ -2,6 +2,8 @@
 import numpy as np
 import torch
 
+from .processes import gather
+
 
 def spread(rewards):
     """Their standard deviation, whatever the scale: squares of 1e200 or 1e-200 are no float64."""
@@ -24,11 +26,17 @@ class Metrics:
 
     def step(self, grad_norm):
         """The optimizer has stepped: grad_norm as Optimizer.step() returned it, None if it skipped the step."""
-        numbers = torch.stack([torch.stack(list(values.values())) for _, _, values in self.waiting]).tolist()
-        self.rows += [(i, size, len(self.grad_norms), dict(zip(values, row)))
-                      for (i, size, values), row in zip(self.waiting, numbers)]
+        if self.waiting:
+            numbers = torch.stack([torch.stack(list(values.values())) for _, _, values in self.waiting]).tolist()
+            self.rows += [(i, size, len(self.grad_norms), dict(zip(values, row)))
+                          for (i, size, values), row in zip(self.waiting, numbers)]
         self.waiting = []
         self.grad_norms.append(grad_norm)
+
+    def of_all(self):
+        """The update is over: add what the other processes have trained on. Returns the metrics."""
+        self.rows = [row for rows in gather(self.rows) for row in rows]
+        return self
 
     def mean(self, name):
         """The mean of a number, each micro-batch weighted by its size."""

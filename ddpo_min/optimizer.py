@@ -4,6 +4,7 @@ import math
 import torch
 
 from .files import InputError, NotFinite
+from .processes import sum_gradients
 
 
 class Optimizer:
@@ -23,6 +24,7 @@ class Optimizer:
         fused = parameters[0].is_cuda or None       # the usual one needs a fifth copy of all that is trained
         self.rule = torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
+        self.scaler.scale(torch.zeros((), device=device))       # it is made here: a process may have no sample to scale
 
     def backward(self, loss):
         """The backward pass: add the loss's gradient to what has gathered since the last step."""
@@ -33,6 +35,7 @@ class Optimizer:
 
         Raises NotFinite if the gradient is that and a smaller scale cannot help.
         """
+        sum_gradients(self.parameters)
         self.scaler.unscale_(self.rule)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip).item()
         if not math.isfinite(norm) and self.scaler.get_scale() <= 1:      # 1 without float16

@@ -4,6 +4,7 @@ import time
 from tqdm import tqdm
 
 from .figures import number
+from .processes import rank
 
 
 class Progress:
@@ -16,7 +17,8 @@ class Progress:
     def open(self, first):
         """Show the bar, with `first` epochs finished."""
         an_epoch = self.samples * (1 + self.inner_epochs)
-        self.bar = tqdm(initial=first * an_epoch, total=self.epochs * an_epoch, unit="sample", smoothing=0.05)
+        self.bar = tqdm(initial=first * an_epoch, total=self.epochs * an_epoch, unit="sample", smoothing=0.05,
+                        disable=rank() > 0)
 
     def close(self):
         """Leave the bar as it is."""

@@ -9,22 +9,31 @@ from .vae import decode_images
 
 @dataclass
 class Trajectories:
-    """An epoch's samples: T + 1 latents each, stored once; x_t of step i is [:, i], x_prev is [:, i + 1]."""
-    latents: torch.Tensor       # (N, T+1, 4, h, w), from pure noise x_T to x_0; or (N, 1, 4, h, w), x_0 alone; at least
-                                # float32, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
-    log_p_old: torch.Tensor     # (N, T), as training will see it; of images alone, as sampled
+    """An epoch's samples: T + 1 latents each, stored once; x_t of step i is [:, i], x_prev is [:, i + 1].
+
+    Of several processes each has the rows of those that it has drawn.
+    """
+    latents: torch.Tensor       # (rows, T+1, 4, h, w), from pure noise x_T to x_0; or (rows, 1, 4, h, w), x_0 alone;
+                                # float32 at least, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
+    log_p_old: torch.Tensor     # (rows, T), as training will see it; of images alone, as sampled
     contexts: torch.Tensor      # (P, 77, width): the embedding of each prompt, once
     context_index: torch.Tensor     # (N,) on the CPU: which of them is a sample's
-    images: np.ndarray          # (N, H, W, 3) uint8; N = 0 if they were not to be kept
+    row: torch.Tensor           # (N,) on the CPU: the row of a sample; that of one drawn elsewhere has no meaning
+    images: np.ndarray          # (rows, H, W, 3) uint8; none if they were not to be kept
 
     def context(self, samples):
         """The prompts' embeddings (B, 77, width) of the samples, a slice or (B,) indices."""
         return self.contexts[self.context_index[samples]]
 
+    def x_0(self, samples):
+        """Their finished latents, (B, 4, h, w)."""
+        return self.latents[self.row[samples], -1].to(self.contexts.device)
+
     def at(self, samples, i):
         """What happened to these samples at denoising step i: (x_t, x_prev, log_p_old, context)."""
-        x_t, x_prev = (self.latents[samples, k].to(self.contexts.device) for k in (i, i + 1))
-        return x_t, x_prev, self.log_p_old[samples, i], self.context(samples)
+        rows = self.row[samples]
+        x_t, x_prev = (self.latents[rows, k].to(self.contexts.device) for k in (i, i + 1))
+        return x_t, x_prev, self.log_p_old[rows, i], self.context(samples)
 
 
 def sample_noise(seeds, steps, shape):
@@ -41,9 +50,10 @@ def sample_noise(seeds, steps, shape):
 def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, latent_shape=None):
     """Draw a picture for each prompt and keep how it came about.
 
-    prompts: list of N str; seeds: list of N int; micro_batches: slices that cover 0 .. N - 1 in order; keep: "path"
-    (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the pictures (uint8) and
-    prompts of each micro-batch as soon as they are drawn; latent_shape: (h, w), the model's own if None.
+    prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
+    to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn;
+    latent_shape: (h, w), the model's own if None.
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -52,7 +62,10 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     unique = sorted(set(prompts))
     contexts, which = model.encode_prompts(unique), torch.tensor([unique.index(prompt) for prompt in prompts])
     height, width = latent_shape or (model.latent_size, model.latent_size)
-    latents, log_p_old, images = [], [], [np.empty((0, 0, 0, 3), np.uint8)]
+    # Of nothing: a process may have no sample at all
+    latents = [torch.empty(0, T + 1 if keep == "path" else 1, 4, height, width, dtype=place["dtype"])]
+    log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]
+    row, count = torch.zeros(len(prompts), dtype=torch.int64), 0
     for samples in micro_batches:
         noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
@@ -62,10 +75,12 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
             log_probs.append(log_p)
         latents.append(torch.stack(path if keep == "path" else path[-1:], dim=1).cpu())
         log_p_old.append(torch.stack(log_probs, dim=1))
+        row[samples] = torch.arange(count, count + len(noise))
+        count += len(noise)
         drawn = decode_images(model.vae, path[-1])
         if keep == "images":
             images.append(drawn)
         if on_images is not None:
-            on_images(drawn, prompts[samples])
+            on_images(drawn, prompts[samples], samples.start)
     images = np.concatenate(images[1:] or images)
-    return Trajectories(torch.cat(latents), torch.cat(log_p_old), contexts, which, images)
+    return Trajectories(torch.cat(latents), torch.cat(log_p_old), contexts, which, row, images)

@@ -12,6 +12,7 @@ from .figures import number
 from .files import InputError, NotFinite, uninterrupted
 from .folder import Folder, sha256
 from .metrics import spread
+from .processes import count, gather, rank
 from .progress import Progress
 from .weights import SHIPPED
 
@@ -24,13 +25,17 @@ ALL_EQUAL = "; all rewards are equal"
 
 
 class Run:
-    """One training: its settings, folder, history (a dict of metrics for each epoch) and, at last, its result."""
+    """One training: its settings, folder, history (a dict of metrics for each epoch) and, at last, its result.
+
+    Of several processes only the first writes; the others come along, for their parts of the evaluations.
+    """
 
     def __init__(self, settings):
         """Raises InputError if the folder cannot be used, or cannot be resumed."""
         self.settings = settings
-        self.files = Folder(settings.out, settings.resume, anew=settings.auto_resume)
-        if settings.resume:
+        self.writes = rank() == 0
+        self.files = Folder(settings.out, settings.resume, anew=settings.auto_resume, mine=self.writes)
+        if settings.resume and self.writes:
             try:
                 self.files.check(self.kept)
             except InputError:
@@ -75,7 +80,7 @@ class Run:
                 self.finish()
             except KeyboardInterrupt as stopped:
                 on, evaluate = (f"{self.how_to_go_on} --epochs {n}" for n in (self.settings.epochs, self.finished))
-                stopped.args = (f"stopped after epoch {self.finished}; go on with {on}, or evaluate it with {evaluate}",)
+                stopped.args = f"stopped after epoch {self.finished}; go on with {on}, or evaluate it with {evaluate}",
                 raise
             except InputError as error:
                 raise self.saved_before(error) from error
@@ -87,7 +92,8 @@ class Run:
         except InputError:              # the folder itself is lost
             return error
         with suppress(InputError):      # a full disk has no room for it
-            self.save_learned()
+            if self.writes:
+                self.save_learned()
         return InputError(f"{error}; {self.finished} finished epochs are saved, go on with {self.how_to_go_on}")
 
     @property
@@ -98,6 +104,12 @@ class Run:
     def begin(self):
         """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
         images, rewards, scores = self.evaluation.run()
+        if self.writes:
+            self.found(images, rewards, scores)
+        self.files.path = Path(gather(str(self.folder))[0])
+
+    def found(self, images, rewards, scores):
+        """Make the folder, with that evaluation and a checkpoint of 0 epochs."""
         shown = self.evaluation.shown
         self.files.create(self.settings.reward)
         try:
@@ -117,9 +129,9 @@ class Run:
         for name, now in self.evaluation.scorer.files.items():
             if self.reward_files.get(name, now) != now:
                 print(f"  {name}: its file has changed since the run began; rewards from before are not comparable")
-        self.write_config()
-        self.publish()
-        if self.history:
+        if self.writes:
+            self.write_config()
+            self.publish()
             self.keep()
         self.show()
 
@@ -142,8 +154,10 @@ class Run:
                     peak_memory_mb=peak_memory_mb(self.learner.optimizer.parameters[0].device))
         self.history.append({name: value if isinstance(value, list) else float(value) for name, value in line.items()})
         with uninterrupted():
-            self.save(finished)
-            self.keep()
+            if self.writes:
+                self.save(finished)
+                self.keep()
+            self.finished = finished
         self.progress.write(describe_epoch(self.history[-1]), rewards.mean())
         self.show()
 
@@ -151,7 +165,7 @@ class Run:
         """A row of samples.png, if it is time for one."""
         if self.finished % self.settings.show_every == 0 and self.finished < self.settings.epochs:
             drawn = self.between(self.evaluation.run_shown)
-            if drawn:
+            if drawn and self.writes:
                 images, rewards, _ = drawn
                 self.files.add_row(self.finished, images, self.captions(rewards))
 
@@ -175,6 +189,8 @@ class Run:
         except NotFinite:
             raise
         except InputError as error:
+            if count() > 1:         # the others have not failed, and wait for this one
+                raise
             self.progress.write(f"no evaluation this time: {error}")
             return None
 
@@ -188,6 +204,8 @@ class Run:
     def keep(self):
         """Copies of what was learned that later epochs do not replace: of every Nth epoch, and the best evaluated."""
         s, score = self.settings, "eval_reward"
+        if not self.history:
+            return
         if s.keep_every and self.finished % s.keep_every == 0:
             self.save_learned(f"_{self.finished:04d}")
         if score in self.history[-1] and self.history[-1][score] == max(h.get(score, -inf) for h in self.history):
@@ -213,6 +231,9 @@ class Run:
 
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
+        if not self.writes:
+            self.evaluation.run()
+            return
         print("evaluating on the held-out seeds ...")
         self.save_learned()         # these two before anything else can fail
         if self.history:

@@ -5,7 +5,7 @@ import torch
 from .losses import rwr_loss
 from .metrics import Metrics
 from .rollout import sample_noise
-from .schedule import TRAIN_TIMESTEPS, alphas_cumprod
+from .schedule import alphas_cumprod
 
 
 def peers(prompts, per_prompt):
@@ -56,10 +56,9 @@ def rwr_update(policy, optimizer, trajectories, weights, rng, *, plan):
     device, metrics = trajectories.contexts.device, Metrics()
     alpha_bar = alphas_cumprod().to(device, trajectories.latents.dtype)
     for minibatch in plan.random_minibatches(weights, rng):
-        for samples, part in minibatch:
-            x_0, context = trajectories.latents[samples, -1].to(device), trajectories.context(samples)
-            t = torch.as_tensor(rng.integers(0, TRAIN_TIMESTEPS, len(samples)), device=device)
-            eps = sample_noise(rng.integers(2 ** 32, size=len(samples)), 0, x_0.shape[1:])[:, 0].to(x_0)
+        for samples, t, seeds, part in minibatch:
+            x_0, context = trajectories.x_0(samples), trajectories.context(samples)
+            t, eps = torch.as_tensor(t, device=device), sample_noise(seeds, 0, x_0.shape[1:])[:, 0].to(x_0)
             alpha_bar_t = alpha_bar[t][:, None, None, None]
             x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
             weight = torch.as_tensor(weights[samples]).to(x_0)
@@ -67,4 +66,5 @@ def rwr_update(policy, optimizer, trajectories, weights, rng, *, plan):
             optimizer.backward(part * loss)
             metrics.add(len(samples), loss=loss)
         metrics.step(optimizer.step())
+    metrics.of_all()
     return dict(loss=metrics.mean("loss"), **metrics.gradient(), effective_samples=effective_samples(weights))

@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from . import clip_rewards
 from .files import InputError
+from .processes import gather
 from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
 from .vlm import alignment
 from .vlm import check as check_vlm
@@ -64,19 +65,21 @@ class Scorer:
         self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
         self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
                       if name not in REWARDS and name not in WITH_NETWORKS}
-        self.pending, self.count = [], 0
+        self.pending = []       # (number of its first sample, the future scores) of each micro-batch
         self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 
-    def add(self, images, prompts):
-        """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str. Raises what a reward raised before."""
+    def add(self, images, prompts, first):
+        """Begin to score a micro-batch: uint8 (B, H, W, 3), list of B str, the number of the first in its epoch.
+
+        Raises what a reward raised before.
+        """
         if self.failed():
-            self.collect()         # raises: no need to draw the rest of the epoch
-        self.pending.append(self.pool.submit(self.score, images, prompts, self.count))
-        self.count += len(images)
+            self.results()         # raises: no need to draw the rest of the epoch
+        self.pending.append((first, self.pool.submit(self.score, images, prompts, first)))
 
     def failed(self):
         """Whether a reward has raised."""
-        return any(scores.done() and scores.exception() for scores in self.pending)
+        return any(scores.done() and scores.exception() for _, scores in self.pending)
 
     def score(self, images, prompts, first):
         """{name: float64 (B,)} of a micro-batch whose first picture is number `first` of the epoch.
@@ -101,14 +104,7 @@ class Scorer:
         With the vision-language reward, the scores have "empty_answers", too: 1 where it scores exactly 0. Raises what
         a reward raised, and InputError if all these are empty.
         """
-        try:
-            if wait(self.pending, PATIENCE, FIRST_EXCEPTION).not_done and not self.failed():
-                tqdm.write(f"reward {', '.join(self.functions)}: no answer for {PATIENCE} s; if it hangs, press Ctrl-C "
-                           "twice, mend it and go on with --resume")
-            parts = [scores.result() for scores in self.pending]
-            missing = self.missing
-        finally:
-            self.forget()
+        parts, missing = self.of_all(self.results())
         scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions
                   if name not in missing}
         if "vlm" in scores:
@@ -122,11 +118,32 @@ class Scorer:
         rewards = sum(weight * scores[name] for name, weight in self.weights.items())
         return rewards, {name: own for name, own in scores.items() if name != self.total}
 
+    def results(self):
+        """Wait for everything added: ([(first, {name: scores})] of micro-batches, {watched reward: why it failed})."""
+        try:
+            if (wait([scores for _, scores in self.pending], PATIENCE, FIRST_EXCEPTION).not_done
+                    and not self.failed()):
+                tqdm.write(f"reward {', '.join(self.functions)}: no answer for {PATIENCE} s; if it hangs, press "
+                           "Ctrl-C, mend it and go on with --resume")
+            return [(first, scores.result()) for first, scores in self.pending], self.missing
+        finally:
+            self.forget()
+
+    def of_all(self, own):
+        """Everything that all processes have scored, in the order of the samples; own: results() of this one."""
+        listed = [(first, {name: values.tolist() for name, values in part.items()}) for first, part in own[0]]
+        found, missing = [], {}
+        for parts, failures in gather((listed, own[1])):
+            found += parts
+            missing.update(failures)
+        return [{name: np.array(values) for name, values in part.items()} for _, part in sorted(
+            found, key=lambda pair: pair[0])], missing
+
     def forget(self):
         """Drop what was added and not collected."""
-        for scores in self.pending:
+        for _, scores in self.pending:
             scores.cancel()
-        self.pending, self.count, self.missing = [], 0, {}
+        self.pending, self.missing = [], {}
 
 
 def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):

@@ -267,17 +267,10 @@ def ddpo_epoch(s, nets, adam, steps, trajectories, prompts, advantages, rng):
     return record, metrics
 
 
-def rwr_draws(s, chosen, rng):
-    """The chance in a minibatch of RWR: (sample, timestep, seed of the noise) of each.
-
-    The one place where micro-batches show: a micro-batch's timesteps are drawn together, then its seeds.
-    """
-    draws = []
-    for first in range(0, len(chosen), s.batch):
-        samples = chosen[first:first + s.batch]
-        timesteps = rng.integers(0, 1000, len(samples)).tolist()
-        draws += zip(samples, timesteps, rng.integers(2 ** 32, size=len(samples)).tolist())
-    return draws
+def rwr_draws(chosen, rng):
+    """The chance in a minibatch of RWR: (sample, timestep, seed of the noise) of each; timesteps first, then seeds."""
+    timesteps = rng.integers(0, 1000, len(chosen)).tolist()
+    return zip(chosen, timesteps, rng.integers(2 ** 32, size=len(chosen)).tolist())
 
 
 def rwr_epoch(s, nets, adam, trajectories, prompts, weights, rng):
@@ -291,7 +284,7 @@ def rwr_epoch(s, nets, adam, trajectories, prompts, weights, rng):
             queue += rng.permutation([n for n in range(s.samples) if weights[n] > 0]).tolist()
         chosen, queue = queue[:size], queue[size:]
         total = 0
-        for n, t, seed in rwr_draws(s, chosen, rng):
+        for n, t, seed in rwr_draws(chosen, rng):
             x_0 = trajectories[n][0][-1]
             eps = normal(seed, 1, 4, nets.side, nets.side)
             x_t = math.sqrt(SCHEDULE[t]) * x_0 + math.sqrt(1 - SCHEDULE[t]) * eps

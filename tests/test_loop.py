@@ -194,7 +194,7 @@ def test_a_stop_in_any_phase_of_the_second_epoch_leaves_the_first(phase, error, 
         with pytest.raises(InputError, match="stop; 1 finished epochs are saved, go on with --resume"):
             train.train(settings(tiny_file, out, epochs=3))
     else:
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after epoch 1; go on with --resume {out} --epochs 3, or "):
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after epoch 1; go on with --resume {out} --epochs 3, "):
             train.train(settings(tiny_file, out, epochs=3))
     monkeypatch.undo()
     assert metrics(out) == metrics(three_epochs)[:1]

@@ -225,10 +225,10 @@ def test_a_reward_that_takes_long_is_named_once(monkeypatch, capsys):
     release = threading.Event()
     slow = scorer.Scorer({"mine.py:slow": 1.0}, {"mine.py:slow": lambda images, prompts: (release.wait(), [1.0])[1]})
     threading.Timer(0.3, release.set).start()
-    slow.add(IMAGES[:1], PROMPTS[:1])
+    slow.add(IMAGES[:1], PROMPTS[:1], 0)
     assert slow.collect()[0].tolist() == [1]
     assert capsys.readouterr().out.count("reward mine.py:slow: no answer for 0.05 s; if it hangs, press Ctrl-C") == 1
-    slow.add(IMAGES[:1], PROMPTS[:1])
+    slow.add(IMAGES[:1], PROMPTS[:1], 0)
     slow.collect()
     assert capsys.readouterr().out == ""
 
@@ -350,6 +350,6 @@ def test_threads_that_score_at_once_leave_the_folder_as_it_was(tmp_path, monkeyp
 
     s = scorer.Scorer({"vlm": 1.0}, {"vlm": reward})
     for _ in range(2):
-        s.add(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"])
+        s.add(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], 0)
         assert away.wait(20)
     assert s.collect()[0].tolist() == [1.0] * 4 and Path.cwd() == tmp_path

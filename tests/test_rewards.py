@@ -60,10 +60,10 @@ def test_the_scorer_keeps_the_order_and_weighs_the_sum():
     assert scorer.pool._max_workers > 1
     images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(3, 3)
     for part in (slice(0, 2), slice(2, 5), slice(5, 6)):
-        scorer.add(images[part], ["x" * int(n) for n in images[part, 0, 0, 0]])
+        scorer.add(images[part], ["x" * int(n) for n in images[part, 0, 0, 0]], part.start)
     total, scores = scorer.collect()
     assert total.tolist() == [0, 1, 2, 3, 4, 5] == scores["vlm"].tolist() and scores["incompressible"].sum() == 6
-    scorer.add(images[:1], ["x"])
+    scorer.add(images[:1], ["x"], 0)
     assert len(scorer.collect()[0]) == 1
 
 
@@ -74,14 +74,14 @@ def test_a_reward_that_writes_into_its_pictures_changes_nobodys():
 
     scorer = Scorer({"jpeg": 1.0}, {"jpeg": vandal, "watched": lambda images, prompts: images.max((1, 2, 3))})
     images = np.full((2, 4, 4, 3), 9, np.uint8)
-    scorer.add(images, ["", ""])
+    scorer.add(images, ["", ""], 0)
     assert scorer.collect()[1]["watched"].tolist() == [9, 9] and images.min() == 9
 
 
 def test_a_reward_that_is_no_number_names_its_images():
     scorer = Scorer({"mine": 1.0}, {"mine": lambda images, prompts: [1, np.nan if "a fox" in prompts else 1]})
     for prompts in (["a cat", "a dog"], ["a cat", "a fox"]):
-        scorer.add(np.zeros((2, 4, 4, 3), np.uint8), prompts)
+        scorer.add(np.zeros((2, 4, 4, 3), np.uint8), prompts, 2 * len(scorer.pending))
     with pytest.raises(InputError, match=r"mine is nan for 1 of 2 images.*epoch: 3 \('a fox'\)"):
         scorer.collect()
 

@@ -247,7 +247,7 @@ def test_a_sample_does_not_depend_on_the_batch_size_or_on_its_place(model, guida
                                 (5, None, [3, 4, 1, 0, 2])):
         prompts, seeds, images, asked = [PROMPTS[i] for i in order], [SEEDS[i] for i in order], [], []
         part = sample_trajectories(policy, prompts, seeds, cut(5, batch, minibatch),
-                                   on_images=lambda drawn, theirs: (images.extend(drawn), asked.extend(theirs)))
+                                   on_images=lambda drawn, theirs, first: (images.extend(drawn), asked.extend(theirs)))
         assert asked == prompts and len(part.images) == 0
         assert torch.equal(part.latents[:, 0], whole.latents[order, 0])
         torch.testing.assert_close(part.latents, whole.latents[order], rtol=0, atol=5e-5)

@@ -36,7 +36,7 @@ def other_process(tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(other_process, tmp_path):
     out = tmp_path / "run"
-    refused(lambda: go(out), f"{out}: another run is writing to it; wait for its end, stop it, or choose another folder")
+    refused(lambda: go(out), f"{out}: another run is writing to it; wait for its end, stop it, or choose another")
     assert [path.name for path in out.iterdir()] == [LOCK]
     refused(lambda: Folder(str(out), resume=True), "another run is writing to it")
     other_process.send_signal(signal.SIGKILL)
@@ -133,7 +133,7 @@ def test_auto_resume_refuses_another_run_and_files_that_are_no_runs(whole_run, t
     assert make_settings(**{**same, "batch": 0}).batch == 64 and make_settings(**{**same, "epochs": 9}).epochs == 9
     refused(lambda: make_settings(**same, lr=1.0), f"--auto-resume: the run in {whole_run} has --lr 0.003, not 1.0; ")
     refused(lambda: make_settings(**same, reward="incompressible"), "has --reward jpeg, not incompressible")
-    refused(lambda: make_settings(auto_resume=True), "--auto-resume: goes on with the run in --out, which must be given")
+    refused(lambda: make_settings(auto_resume=True), "--auto-resume: goes on with the run in --out, which must be")
     refused(lambda: make_settings(auto_resume=True, out="a", resume="a"), "and --resume must not")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     refused(lambda: Folder(str(tmp_path), False, anew=True), f"--out {tmp_path}: already holds files")
