@@ -11,6 +11,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tutorial"))
 import toy2d
 
+from ddpo_min.advantages import epoch_advantages
+
 torch.set_default_dtype(torch.float32)      # toy2d is a program, and sets the default of its whole process
 
 
@@ -24,7 +26,7 @@ def double():
 @pytest.fixture(scope="module")
 def theta(double):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy2d, "PRETRAINING", 300)
+        patch.setattr(toy2d, "PRETRAINING", 600)
         return toy2d.pretrain(torch.Generator().manual_seed(1))
 
 
@@ -43,7 +45,7 @@ def test_the_network_learns_the_expected_noise(theta):
         away = x[:, None] - a ** 0.5 * toy2d.CENTRES                                    # (500, 5, 2)
         chance = torch.softmax(toy2d.SHARES.log() - (away ** 2).sum(2) / (2 * variance) - variance.log(), 1)
         best = (1 - a) ** 0.5 * ((chance / variance)[..., None] * away).sum(1)
-        assert ((toy2d.eps(theta, x, i) - best) ** 2).mean() < 0.02 + 0.05 * (best ** 2).mean()
+        assert ((toy2d.eps(theta, x, i) - best) ** 2).mean() < 0.02 + 0.1 * (best ** 2).mean()
 
 
 def test_the_truth_of_a_linear_network_is_known(monkeypatch):
@@ -98,7 +100,7 @@ def test_the_estimates_are_unbiased_and_advantages_are_the_better_ones(theta, tr
 
 def test_both_losses_have_the_same_gradient_before_the_first_step(theta):
     x, log_p = toy2d.sample(theta, 300, torch.Generator().manual_seed(5))
-    A = toy2d.advantages(toy2d.reward(x[-1]))
+    A = torch.from_numpy(epoch_advantages(toy2d.reward(x[-1]).numpy()))
     by_sf, by_is = (toy2d.gradient(theta, toy2d.losses(theta, x, log_p, A, sf)) for sf in (True, False))
     assert by_sf.norm() > 0.1 and by_is.equal(by_sf)
 
@@ -110,7 +112,7 @@ def test_the_program_compares_learns_and_draws(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(toy2d, name, value)
     toy2d.main()
     said = capsys.readouterr().out
-    J, of_samples, error = map(float, re.search(r"^J = (\S+), .* (\S+) \+- (\S+)$", said, re.MULTILINE).groups())
+    J, of_samples, error = map(float, re.search(r"^J = (\S+); .* (\S+) \+- (\S+)$", said, re.MULTILINE).groups())
     assert abs(J - of_samples) < 3 * error
     rows = [list(map(float, row)) for row in re.findall(r"^ *(\d+) samples.* (\S+) degrees, .* (\S+), .* (\S+)$", said,
                                                         re.MULTILINE)]

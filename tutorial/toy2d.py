@@ -9,29 +9,25 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from torch.distributions import Normal
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ddpo_min.advantages import epoch_advantages
-from ddpo_min.ddim import ddim_mean, ddim_step, ddim_steps
+from ddpo_min.ddim import ddim_step, ddim_steps
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
 
 torch.set_default_dtype(torch.float64)
 
 SEED = 0
-T = 10                          # denoising steps, with Stable Diffusion's own noise schedule
-STEPS = ddim_steps(T)
-HIDDEN = 32
-PRETRAINING = 1500              # optimizer steps
-COUNTS, REPEATS = (100, 1000, 10_000, 100_000), 6       # samples of an estimate of the gradient, estimates of each kind
+T = 10                                                  # denoising steps
+STEPS = ddim_steps(T)                                   # Stable Diffusion's noise schedule; i = 0 is the noisiest step
+HIDDEN, PRETRAINING = 32, 1500                          # hidden units, optimizer steps
+COUNTS, REPEATS = (100, 1000, 10_000, 100_000), 6       # samples of an estimate of the gradient; estimates with so many
 EPOCHS, SAMPLES, MINIBATCH, LR, CLIP = 40, 1000, 250, 1e-3, 0.1
-SHOWN = 0, 8, 40                # after how many epochs we draw samples
-CLOUD = 50_000                  # how many
+SHOWN, CLOUD = (0, 8, 40), 50_000                       # epochs whose density is drawn, from so many samples
 
-CENTRES = torch.tensor([[0.83, 0.56], [-0.36, 1.09], [-1.30, 0.05], [-0.48, -1.37], [1.29, -0.95]])
+CENTRES = torch.tensor([[0.83, 0.56], [-0.36, 1.09], [-1.30, 0.05], [-0.48, -1.37], [1.29, -0.95]])     # of the data
 SPREADS = torch.tensor([0.15, 0.18, 0.21, 0.24, 0.27])
 SHARES = torch.tensor([0.30, 0.25, 0.20, 0.15, 0.10])
 STAR = torch.tensor([1.8, -1.5])
@@ -71,7 +67,7 @@ def pretrain(generator):
 
 @torch.no_grad()
 def sample(theta, n, generator):
-    """Trajectories from noise to x_0 (T + 1, n, 2), and the log-probability of each step (T, n)."""
+    """Trajectories x (T + 1, n, 2), x[0] is noise and x[T] the samples, and each step's log-probability (T, n)."""
     x, log_p = [torch.randn(n, 2, generator=generator)], []
     for i in range(T):
         x_prev, p = ddim_step(x[i], eps(theta, x[i], i), STEPS, i, noise=torch.randn(n, 2, generator=generator))
@@ -81,118 +77,100 @@ def sample(theta, n, generator):
 
 
 def losses(theta, x, log_p_old, A, sf=False):
-    """DDPO's loss of each step: importance sampling, or the score function (REINFORCE)."""
+    """DDPO's loss of each step: by importance ratios, or by the score function (REINFORCE)."""
     for i in range(T):
         _, log_p = ddim_step(x[i], eps(theta, x[i], i), STEPS, i, x_prev=x[i + 1])
         yield ddpo_sf_loss(log_p, A) if sf else ddpo_is_loss(torch.exp(log_p - log_p_old[i]), A, CLIP)
 
 
-def advantages(rewards):
-    """How many standard deviations better than the mean."""
-    return torch.from_numpy(epoch_advantages(rewards.numpy()))
-
-
 def gradient(theta, terms):
-    """The gradient of a sum of terms, as one vector."""
+    """The gradient of a sum, as one vector."""
     return sum(torch.cat([g.flatten() for g in torch.autograd.grad(term, theta)]) for term in terms)
 
 
 def estimates(theta, n, generator):
     """DDPO's estimate of dJ/dtheta, J = E[r], from n samples: once with A = r, once with A = (r - mean) / std.
 
-    dJ/dtheta = E[ sum_i A d/dtheta log p(x_{i+1} | x_i) ]; a constant that is taken from A changes nothing    [Sec. 4.3]
+    dJ/dtheta = E[ sum_i A d/dtheta log p(x[i+1] | x[i]) ], for A = r as for A = r - any constant    [paper Sec. 4.3]
     """
     x, log_p = sample(theta, n, generator)
     r = reward(x[-1])
-    # times -2: a loss is minus what shall grow, and log_p is the mean of two dimensions, not their sum
+    A = torch.from_numpy(epoch_advantages(r.numpy()))
+    # times -2: a loss is minus what shall grow, and log_p is the mean over two dimensions, not the sum
     return torch.stack([-2 * gradient(theta, losses(theta, x, log_p, r)),
-                        -2 * gradient(theta, losses(theta, x, log_p, advantages(r))) * r.std(correction=0)])
+                        -2 * gradient(theta, losses(theta, x, log_p, A)) * r.std(correction=0)])
 
 
-def mean(theta, x, i):
-    """mu_i(x): where step i leads without noise."""
-    return ddim_mean(x, eps(theta, x, i), STEPS.alpha_bar[i], STEPS.alpha_bar_prev[i], STEPS.sigma[i])
-
-
-H = 0.2                                                     # mesh of a grid from -7 to 7
+H = 0.2                                             # mesh of a grid from -7 to 7
 AXIS = H * torch.arange(-35, 36)
-GRID = torch.cartesian_prod(AXIS, AXIS)
-NODES = 3 ** 0.5 * torch.cartesian_prod(*2 * [torch.tensor([-1.0, 0, 1])])      # E[f(z)] = sum_k WEIGHTS_k f(NODES_k)
-WEIGHTS = torch.tensor([1, 4, 1, 4, 16, 4, 1, 4, 1]) / 36                       # for a normal z (Gauss-Hermite)
+GRID = torch.cartesian_prod(AXIS, AXIS)             # (5041, 2)
+Z = 3 ** 0.5 * torch.cartesian_prod(*2 * [torch.tensor([-1.0, 0.0, 1.0])])      # Gauss-Hermite, for a normal z:
+W = torch.tensor([1, 4, 1, 4, 16, 4, 1, 4, 1]) / 36                             # E[f(z)] = sum_k W[k] f(Z[k])
 
 
 def expected_reward(theta):
-    """J = E[r] without samples, backwards from the end. Its gradient by autograd is the true one.
+    """J = E[r] without samples, from the last step back to the first. Its gradient by autograd is the true one.
 
-    V_T = r,  V_i(x) = E[r | x_i = x] = integral of N(x'; mu_i(x), sigma_i^2) V_{i+1}(x') dx',  J = E[V_0(x_0)]
+    V_T = r,  V_i(x) = E[r | x[i] = x] = integral of N(x'; mu_i(x), sigma_i^2) V_{i+1}(x') dx',  J = E[V_0(x[0])]
     """
     x = GRID
-    for i in (T - 2, T - 1):        # noise too narrow for the grid, so nine points each
-        x = (mean(theta, x, i)[:, None] + STEPS.sigma[i] * NODES).flatten(0, 1)
-    V = reward(x).view(-1, 9, 9) @ WEIGHTS @ WEIGHTS
+    for i in (T - 2, T - 1):        # so little noise would fall through the grid: nine points are enough
+        x = ddim_step(x[:, None], eps(theta, x, i)[:, None], STEPS, i, noise=Z)[0].flatten(0, 1)
+    V = reward(x).view(-1, 9, 9) @ W @ W
     for i in reversed(range(T - 2)):
-        mu = mean(theta, GRID, i)
-        N_1, N_2 = (H * Normal(mu[:, [d]], STEPS.sigma[i]).log_prob(AXIS).exp() for d in range(2))      # N = N_1 N_2
-        V = ((N_1 @ V.view(len(AXIS), -1)) * N_2).sum(1)
-    return (H ** 2 * Normal(0.0, 1.0).log_prob(GRID).sum(1).exp() * V).sum()
+        mu, _ = ddim_step(GRID, eps(theta, GRID, i), STEPS, i, noise=torch.zeros(2))
+        N = [H * torch.distributions.Normal(mu[:, [d]], STEPS.sigma[i]).log_prob(AXIS).exp() for d in range(2)]
+        V = ((N[0] @ V.view(len(AXIS), -1)) * N[1]).sum(1)      # the density in the plane is a product
+    return (H ** 2 * torch.distributions.Normal(0.0, 1.0).log_prob(GRID).sum(1).exp() * V).sum()
 
 
-def draw(clouds, rewards, exact, table):
-    """toy2d.png. clouds: {epoch: trajectories}; exact: {epoch: J}; table: (COUNTS, REPEATS, 2, angle length error)."""
+def draw(clouds, rewards, table):
+    """toy2d.png. clouds: {epoch: trajectories}; rewards: sampled and exact; table: (COUNTS, REPEATS, kind, column)."""
     blue, orange, turn = "#0072B2", "#D55E00", torch.linspace(0, 2 * torch.pi, 60)
+    circles = CENTRES[..., None] + 2 * SPREADS[:, None, None] * torch.stack([turn.cos(), turn.sin()])
     figure = Figure(figsize=(14, 7.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     planes, (course, angles, lengths) = top.subplots(1, 4), bottom.subplots(1, 3)
-    circles = CENTRES[..., None] + 2 * SPREADS[:, None, None] * torch.stack([turn.cos(), turn.sin()])
-    for axes in planes:
-        axes.plot(*circles.permute(1, 2, 0), color="0.5", linewidth=0.8)
+    for axes, title in zip(planes, [*(f"density and samples, epoch {e}" for e in SHOWN), "from the same noise"]):
+        axes.plot(*circles.permute(1, 2, 0), color="0.5", linewidth=0.8, label=["data (two std)", *"____"])
         axes.plot(*STAR, "*", markersize=15, color="#F0E442", markeredgecolor="black", zorder=3)
-        axes.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
-    for axes, (epoch, x) in zip(planes, clouds.items()):
-        axes.hist2d(*x[-1].T, bins=130, range=[[-2.6, 2.6]] * 2, cmap="Blues", norm=PowerNorm(0.5, 0, CLOUD / 200))
+        axes.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
+    for axes, x in zip(planes, clouds.values()):
+        axes.hist2d(*x[-1].T, bins=130, range=[[-2.6, 2.6]] * 2, cmap="Blues", vmax=CLOUD / 1000)
         axes.plot(*x[-1, :150].T, ".", markersize=2, color="black")
-        axes.set_title(f"epoch {epoch}: density and samples")
     for epoch, color in ((SHOWN[0], blue), (SHOWN[-1], orange)):
         planes[3].plot(*clouds[epoch][:, :5].permute(2, 0, 1), color=color, linewidth=0.8)
         planes[3].plot(*clouds[epoch][-1, :5].T, "o", color=color, label=f"epoch {epoch}")
-    planes[3].set_title("from the same noise to samples")
-    course.plot(rewards, ".", color="0.5", label=f"mean of {SAMPLES} samples")
-    course.plot(*zip(*exact.items()), color=blue, label="exact")
-    course.set(title="reward: minus the distance to the star", xlabel="epoch")
+    course.plot([sampled for sampled, _ in rewards], ".", color="0.5", label=f"mean of {SAMPLES} samples")
+    course.plot([exact for _, exact in rewards], color=blue, label="exact")
     n = torch.logspace(1.8, 5.2, 50)
     for kind, (color, label) in enumerate(((orange, "A = r"), (blue, "A = (r - mean) / std"))):
-        c = noise(table)[:, kind].mean()
-        for column, axes, curve in ((0, angles, (c / n.sqrt()).atan().rad2deg()), (1, lengths, (1 + c ** 2 / n).sqrt())):
-            axes.loglog(COUNTS, table[:, :, kind, column], "o", markersize=4, alpha=0.5, color=color)
-            axes.loglog(n, curve, "--", linewidth=1, color=color, label=f"{label}: c = {c:.0f}")
-    angles.set(title="angle to the true gradient, degrees; dashed: arctan(c / √n)", xlabel="samples n")
-    lengths.set(title="length / true length; dashed: √(1 + c² / n)", xlabel="samples n")
-    for axes, ticks in ((angles, (2, 5, 10, 20, 45, 90)), (lengths, (1, 2, 4, 8))):
-        axes.minorticks_off()
-        axes.set_yticks(ticks, ticks)
+        c = (torch.tensor(COUNTS) * (table[:, :, kind, 2] ** 2).mean(1)).mean().sqrt()      # error = c / sqrt(n)
+        for column, plot, curve in ((0, angles.loglog, (c / n.sqrt()).atan().rad2deg()),
+                                    (1, lengths.semilogx, (1 + c ** 2 / n).sqrt())):
+            plot(COUNTS, table[:, :, kind, column], "o", markersize=4, alpha=0.5, color=color)
+            plot(n, curve, "--", linewidth=1, color=color, label=f"{label}: c = {c:.0f}")
+    course.set(title="reward: minus the distance to the star", xlabel="epoch")
+    angles.set(title="angle to the true gradient", yticks=(3, 10, 30, 90), yticklabels=("3°", "10°", "30°", "90°"),
+               xlabel="samples n     (dashed: arctan(c / √n))")
+    lengths.set(title="length / that of the true gradient", xlabel="samples n     (dashed: √(1 + c² / n))")
     for axes in (planes[3], course, angles, lengths):
         axes.legend(frameon=False)
     figure.savefig("toy2d.png", dpi=110)
 
 
-def noise(table):
-    """c: the root mean square error, divided by the true length, is c / sqrt(n): (COUNTS, 2)."""
-    return (torch.tensor(COUNTS)[:, None] * (table[..., 2] ** 2).mean(1)).sqrt()
-
-
 def main():
     generator = torch.Generator().manual_seed(SEED)
     theta = pretrain(generator)
+    clouds, rewards, table = {}, [], []
 
     J = expected_reward(theta)
     truth = gradient(theta, [J])
     x, log_p = sample(theta, CLOUD, generator)
     r = reward(x[-1])
-    print(f"J = {J:.4f}, mean of {CLOUD} samples {r.mean():.4f} +- {r.std() / CLOUD ** 0.5:.4f}")
+    print(f"J = {J:.4f}; mean of {CLOUD} samples {r.mean():.4f} +- {r.std() / CLOUD ** 0.5:.4f}")
     by_sf, by_is = (gradient(theta, losses(theta, x, log_p, r, sf)) for sf in (True, False))
     print(f"gradients of DDPO_SF and DDPO_IS: largest difference {(by_sf - by_is).abs().max():.1g}")
-
-    table = []
     for n in COUNTS:
         g = torch.stack([estimates(theta, n, generator) for _ in tqdm(range(REPEATS), desc=f"n = {n}", leave=False)])
         angle = torch.cosine_similarity(g, truth, dim=2).acos().rad2deg()
@@ -200,24 +178,22 @@ def main():
         for name, row in zip(("A = r", "A = (r - mean) / std"), table[-1].mean(0)):
             print("{:6} samples, {:20}: angle {:4.1f} degrees, length {:.3f}, error {:.3f}".format(n, name, *row))
 
-    clouds, rewards, exact = {}, [], {}
     optimizer = torch.optim.Adam(theta, lr=LR)
     for epoch in tqdm(range(EPOCHS + 1), desc="DDPO", leave=False):
         if epoch in SHOWN:
             clouds[epoch] = sample(theta, CLOUD, torch.Generator().manual_seed(SEED))[0]
         x, log_p = sample(theta, SAMPLES, generator)
         r = reward(x[-1])
-        rewards.append(r.mean())
-        if epoch % 2 == 0:
-            exact[epoch] = expected_reward(theta).item()
-            tqdm.write(f"epoch {epoch:2}: mean of {SAMPLES} samples {rewards[-1]:.3f}, exactly {exact[epoch]:.3f}")
-        A = advantages(r)
+        rewards.append((r.mean().item(), expected_reward(theta).item()))
+        if epoch % 4 == 0:
+            tqdm.write("epoch {:2}: mean of the samples {:.3f}, exactly {:.3f}".format(epoch, *rewards[-1]))
+        A = torch.from_numpy(epoch_advantages(r.numpy()))
         for part in torch.randperm(SAMPLES, generator=generator).split(MINIBATCH):
             for loss in losses(theta, x[:, part], log_p[:, part], A[part]):
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    draw(clouds, rewards, exact, torch.stack(table))
+    draw(clouds, rewards, torch.stack(table))
 
 
 if __name__ == "__main__":
