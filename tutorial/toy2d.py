@@ -1,9 +1,11 @@
 """DDPO in the plane, where the expected reward and its true gradient can be calculated.
 
-    python tutorial/toy2d.py        half a minute on one CPU core; prints two tables, draws toy2d.png
+    python tutorial/toy2d.py        half a minute on one CPU core; prints and draws, to toy2d.png
 
-A "picture" is a point, the data are a mixture of five Gaussians, and the reward is minus the distance to a star. The
-sampler, the losses and the advantages are the project's own.
+A "picture" is a point, the data are five Gaussians, and the reward is minus the distance to a star. The sampler, the
+losses and the advantages are the project's own. DDPO's estimate of the gradient from 10,000 samples is 9 degrees away
+from the truth (31, if rewards take the place of advantages), and ten times as many samples make its error three times
+smaller. Training then takes the expected reward from -2.68 to -0.17 (seeds 1 and 2: to -0.19 and -0.18).
 """
 import sys
 from pathlib import Path
@@ -18,12 +20,10 @@ from ddpo_min.ddim import ddim_step, ddim_steps
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
 
 torch.set_default_dtype(torch.float64)
-
-SEED = 0
-T = 10                                                  # denoising steps
+SEED, T = 0, 10                                         # T denoising steps
 STEPS = ddim_steps(T)                                   # Stable Diffusion's noise schedule; i = 0 is the noisiest step
 HIDDEN, PRETRAINING = 32, 1500                          # hidden units, optimizer steps
-COUNTS, REPEATS = (100, 1000, 10_000, 100_000), 6       # samples of an estimate of the gradient; estimates with so many
+COUNTS, REPEATS = (100, 1000, 10_000, 100_000), 6       # samples of an estimate of the gradient; how many estimates
 EPOCHS, SAMPLES, MINIBATCH, LR, CLIP = 40, 1000, 250, 1e-3, 0.1
 SHOWN, CLOUD = (0, 8, 40), 50_000                       # epochs whose density is drawn, from so many samples
 
@@ -101,7 +101,7 @@ def estimates(theta, n, generator):
                         -2 * gradient(theta, losses(theta, x, log_p, A)) * r.std(correction=0)])
 
 
-H = 0.2                                             # mesh of a grid from -7 to 7
+H = 0.2                                             # mesh of a grid from -7 to 7: J to 1e-4
 AXIS = H * torch.arange(-35, 36)
 GRID = torch.cartesian_prod(AXIS, AXIS)             # (5041, 2)
 Z = 3 ** 0.5 * torch.cartesian_prod(*2 * [torch.tensor([-1.0, 0.0, 1.0])])      # Gauss-Hermite, for a normal z:
@@ -114,7 +114,7 @@ def expected_reward(theta):
     V_T = r,  V_i(x) = E[r | x[i] = x] = integral of N(x'; mu_i(x), sigma_i^2) V_{i+1}(x') dx',  J = E[V_0(x[0])]
     """
     x = GRID
-    for i in (T - 2, T - 1):        # so little noise would fall through the grid: nine points are enough
+    for i in (T - 2, T - 1):        # their noise is narrower than the mesh, and nine points are enough
         x = ddim_step(x[:, None], eps(theta, x, i)[:, None], STEPS, i, noise=Z)[0].flatten(0, 1)
     V = reward(x).view(-1, 9, 9) @ W @ W
     for i in reversed(range(T - 2)):
@@ -131,7 +131,7 @@ def draw(clouds, rewards, table):
     figure = Figure(figsize=(14, 7.4), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     planes, (course, angles, lengths) = top.subplots(1, 4), bottom.subplots(1, 3)
-    for axes, title in zip(planes, [*(f"density and samples, epoch {e}" for e in SHOWN), "from the same noise"]):
+    for axes, title in zip(planes, [*(f"samples, epoch {e}" for e in SHOWN), "trajectories, same noise"]):
         axes.plot(*circles.permute(1, 2, 0), color="0.5", linewidth=0.8, label=["data (two std)", *"____"])
         axes.plot(*STAR, "*", markersize=15, color="#F0E442", markeredgecolor="black", zorder=3)
         axes.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
@@ -153,7 +153,7 @@ def draw(clouds, rewards, table):
     course.set(title="reward: minus the distance to the star", xlabel="epoch")
     angles.set(title="angle to the true gradient", yticks=(3, 10, 30, 90), yticklabels=("3°", "10°", "30°", "90°"),
                xlabel="samples n     (dashed: arctan(c / √n))")
-    lengths.set(title="length / that of the true gradient", xlabel="samples n     (dashed: √(1 + c² / n))")
+    lengths.set(title="length / length of the true gradient", xlabel="samples n     (dashed: √(1 + c² / n))")
     for axes in (planes[3], course, angles, lengths):
         axes.legend(frameon=False)
     figure.savefig("toy2d.png", dpi=110)
