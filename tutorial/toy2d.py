@@ -1,6 +1,6 @@
 """DDPO in the plane, where the expected reward and its true gradient can be calculated.
 
-    python tutorial/toy2d.py        half a minute on one CPU core; prints and draws, to toy2d.png
+    python tutorial/toy2d.py        half a minute on one CPU core; prints what it measures, draws toy2d.png
 
 A "picture" is a point, the data are five Gaussians, and the reward is minus the distance to a star. The sampler, the
 losses and the advantages are the project's own. DDPO's estimate of the gradient from 10,000 samples is 9 degrees away
