@@ -1,0 +1,87 @@
+"""The exercises "find the silent bug": every patch applies, leaves a program that runs, and is found by its test."""
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+EXERCISES = ROOT / "tutorial" / "exercises"
+PAGE = (EXERCISES / "README.md").read_text()
+SECTIONS = re.findall(r"^## Exercise (\d+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+OURS = {ROOT, ROOT / "ddpo_min", ROOT / "tests"}
+
+
+@contextmanager
+def modules_of(folder):
+    """Within the block the project's modules are imported afresh, from `folder`; torch and the like stay as they are.
+
+    Ten programs in one process: to start Python and import torch for each would take most of the time."""
+    of = lambda *folders: {name: module for name, module in sys.modules.items()         # noqa: E731
+                           if Path(getattr(module, "__file__", None) or "/").parent in folders}
+    before, path = of(*OURS), list(sys.path)
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        for name in of(folder, folder / "ddpo_min", folder / "tests"):
+            del sys.modules[name]
+        sys.modules.update(before)
+        sys.path[:] = path
+
+
+class Failures:
+    """A plugin of pytest: what went wrong in which phase, the last line of each."""
+
+    def __init__(self):
+        self.found = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.found.append((report.when, report.longrepr.reprcrash.message))
+
+
+def test_the_page_and_the_patches_belong_together():
+    numbers = [number for number, _ in SECTIONS]
+    assert numbers == [str(n) for n in range(1, len(numbers) + 1)] and len(numbers) >= 8
+    assert {path.name for path in EXERCISES.glob("*.patch")} == {f"{number}.patch" for number in numbers}
+    for number, section in SECTIONS:
+        assert f"git apply tutorial/exercises/{number}.patch" in section and f"]({number}.webp)" in section
+        assert re.findall(r"<summary>(.*?)</summary>", section) == ["Hint 1", "Hint 2", "Hint 3", "Answer"]
+        assert section.count("<details>") == section.count("</details>") == 4
+        changed = re.findall(r"^[-+](?![-+])", (EXERCISES / f"{number}.patch").read_text(), re.M)
+        assert 1 <= len(changed) <= 4
+
+
+@pytest.mark.parametrize("number, test", [(number, re.search(r"`pytest (tests/\w+\.py::\w+)`", section).group(1))
+                                          for number, section in SECTIONS])
+def test_a_patched_program_trains_and_its_test_finds_the_bug(number, test, tiny_file, tmp_path):
+    for folder in ("ddpo_min", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    shutil.copy(ROOT / "train.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    no_repository = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}     # whatever it lies in
+    subprocess.run(["git", "apply", EXERCISES / f"{number}.patch"], cwd=tmp_path, check=True, env=no_repository)
+    with modules_of(tmp_path):
+        import train
+        from ddpo_min.cli import make_settings
+        assert Path(train.__file__).parent == tmp_path
+        run = train.train(make_settings(
+            weights=str(tiny_file), preset="laptop", samples=8, updates=2, steps=3, epochs=2, kl_weight=0.1,
+            guidance=3.0, eval_samples=2, prompt_minimum=2, device="cpu", out=str(tmp_path / "run")))
+        assert len(run.history) == 2 and all(math.isfinite(line[name]) for line in run.history
+                                             for name in ("reward_mean", "loss", "grad_norm", "max_ratio_error"))
+        assert all(0 < line["grad_norm"] < 10 and abs(line["loss"]) < 5 for line in run.history)
+        failures = Failures()
+        pytest.main(["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'pytest'}", str(tmp_path / test)],
+                    [failures])
+    assert failures.found and all(when == "call" and message.startswith(("assert", "AssertionError"))
+                                  for when, message in failures.found)
