@@ -1,4 +1,5 @@
 """The exercises "find the silent bug": every patch applies, leaves a program that runs, and is found by its test."""
+import json
 import math
 import os
 import re
@@ -8,7 +9,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import ROOT
 
@@ -85,3 +88,45 @@ def test_a_patched_program_trains_and_its_test_finds_the_bug(number, test, tiny_
                     [failures])
     assert failures.found and all(when == "call" and message.startswith(("assert", "AssertionError"))
                                   for when, message in failures.found)
+
+
+def test_the_curves_train_each_program_once_and_show_healthy_and_sick(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXERCISES)
+    import curves
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text("".join(
+        f"## Exercise {n}\n\n```\npython train.py --seed {seed}\n```\n" for n, seed in ((1, 7), (2, 8), (3, 7))))
+    trained, colours = [], iter([(0, 200, 0), (200, 0, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)])
+
+    def pretend(command, cwd=None, check=False):
+        if command[:2] == ["git", "apply"]:
+            trained.append(command[2].name)
+        elif command[1] == "train.py":
+            trained.append(command[2:])
+            out = Path(cwd) / command[-1]
+            (out / "samples").mkdir(parents=True)
+            Image.new("RGB", (640, 64), next(colours)).save(out / "samples" / "epoch_0002.png")
+            (out / "result.json").write_text(json.dumps({"reward_before": -2.5, "reward_after": -1.5}))
+            (out / "metrics.jsonl").write_text("".join(json.dumps(
+                {"epoch": epoch, "reward_mean": -epoch, "loss": 0.1, "clip_fraction_by_step": [None, 0.5], "more": 1})
+                + "\n" for epoch in (1, 2)))
+
+    monkeypatch.setattr(curves.subprocess, "run", pretend)
+    monkeypatch.setattr(curves, "draw", lambda number, runs: None)
+    curves.main()
+    first, second = (["--seed", seed, "--out", "run"] for seed in "78")
+    assert trained == [first, "1.patch", first, second, "2.patch", second, "3.patch", first]
+    runs = curves.read()
+    assert list(runs) == ["healthy_1", "sick_1", "healthy_2", "sick_2", "sick_3"]
+    assert runs["sick_3"] == [{"epoch": 0, "held_out": -2.5},
+                              {"epoch": 1, "reward_mean": -1, "loss": 0.1, "clip_fraction_by_step": [None, 0.5]},
+                              {"epoch": 2, "reward_mean": -2, "loss": 0.1, "clip_fraction_by_step": [None, 0.5],
+                               "held_out": -1.5}]
+    monkeypatch.undo()
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    monkeypatch.setattr(curves, "make", None)           # everything is there: nothing is trained
+    curves.main()
+    for number, colour in ((1, (200, 0, 0)), (3, (0, 200, 200))):
+        pixels = np.asarray(Image.open(tmp_path / f"{number}.webp").convert("RGB")).astype(int)
+        for wanted in ((0, 200, 0), colour):
+            assert (np.abs(pixels - wanted).max(axis=2) < 25).sum() > 5000
