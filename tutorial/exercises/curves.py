@@ -88,8 +88,9 @@ def draw(number, runs):
         axes["reward"].plot(*zip(*held_out.items()), color=colour, marker="s", linestyle=":", label=f"{label} held-out")
         for panel in set(PANELS[1:]) - {"clip_fraction_by_step"}:
             axes[panel].plot(epochs, column(panel), **look)
-        by_step = np.array([line["clip_fraction_by_step"] for line in lines[1:]], dtype=float)
-        axes["clip_fraction_by_step"].plot(range(1, by_step.shape[1] + 1), np.ma.masked_invalid(by_step).mean(axis=0), **look)
+        clipped = np.array([line["clip_fraction_by_step"] for line in lines[1:]], dtype=float)     # (epochs, T)
+        clipped = np.ma.masked_invalid(clipped).mean(axis=0)
+        axes["clip_fraction_by_step"].plot(range(1, len(clipped) + 1), clipped, **look)
         axes[label].imshow(Image.open(HERE / "rows" / f"{name}.webp"))
         axes[label].set(ylabel=label, xticks=[], yticks=[])
     for panel in PANELS:
