@@ -95,6 +95,7 @@ def draw(number, runs):
         axes[label].set(ylabel=label, xticks=[], yticks=[])
     for panel in PANELS:
         axes[panel].set(title=panel, xlabel="denoising step" if panel.endswith("by_step") else "epoch")
+        axes[panel].xaxis.get_major_locator().set_params(integer=True)
         axes[panel].grid(alpha=0.3)
     axes["reward"].legend(fontsize=8)
     figure.savefig(HERE / f"{number}.webp", dpi=80)
