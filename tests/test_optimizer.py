@@ -20,6 +20,16 @@ def test_in_float16_an_update_that_overflows_is_skipped_and_the_scale_halved():
     assert small_enough[2:] == [pytest.approx(12 ** 0.5)] * 2 and optimizer.scaler.get_scale() == 2 ** 14
 
 
+def test_gradients_add_up_until_a_step_and_are_forgotten_then():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer, norms = Optimizer([parameter], lr=0.1), []
+    for parts in ([3.0, 4.0], [0.5]):
+        for part in parts:
+            optimizer.backward(part * parameter.sum())
+        norms.append(optimizer.step())
+    assert norms == pytest.approx([14.0, 1.0])
+
+
 @pytest.mark.parametrize("scale_loss, skipped", [(False, 0), (True, 16)])
 def test_a_gradient_that_no_scale_makes_finite_ends_the_run(scale_loss, skipped):
     parameter = torch.nn.Parameter(torch.ones(3))
