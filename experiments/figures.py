@@ -1,0 +1,259 @@
+"""Every figure and table of the experiments, from their CSV files alone:  python experiments/figures.py"""
+import sys
+
+import matplotlib
+import numpy as np
+from results import HERE, ROOT, column, mean_and_error, read_rows, runs_of
+
+sys.path.insert(0, str(ROOT))
+from ddpo_min.files import atomic
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # told apart by all eyes
+
+
+
+def save(figure, name):
+    """Write experiments/NAME.png."""
+    figure.tight_layout()
+    with atomic(HERE / f"{name}.png") as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def curve(axes, rows, run, color, label, of="reward", against="queries"):
+    """The mean over seeds of a column, each seed thin behind it."""
+    x, y = column(rows, run, against), column(rows, run, of)
+    kept = ~np.isnan(y).any(axis=0)
+    axes.plot(x[:, kept].T, y[:, kept].T, color=color, linewidth=0.7, alpha=0.5)
+    axes.plot(x[0, kept], y[:, kept].mean(0), color=color, marker="o", markersize=3, label=label)
+
+
+def ends(rows, run, name="held_out"):
+    """What the held-out evaluation was before and after training: two arrays (seeds,)."""
+    values = column(rows, run, name)
+    return values[:, 0], values[:, -1]
+
+
+def change(rows, run, name="held_out"):
+    """By how many percent training changed it: (seeds,)."""
+    before, after = ends(rows, run, name)
+    return 100 * (after - before) / np.abs(before)
+
+
+def still_recognised(rows, run):
+    """What the classifier recognises after training, in percent of before: (seeds,)."""
+    before, after = ends(rows, run, "held_out_recognised")
+    return 100 * after / before
+
+
+def plus_minus(values, digits=1, sign=True):
+    """Mean +- standard error over seeds, as text."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{'+' if sign else ''}.{digits}f} ± {error:.{digits}f}"
+
+
+def line(*cells):
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def legend(axes):
+    """The same small one everywhere."""
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(alpha=0.3)
+
+
+def dots(axes, labels, values, title):
+    """A row a label: every seed a dot, the mean a bar."""
+    for y, own in enumerate(values):
+        axes.plot(own, [y] * len(own), "o", color=COLORS[0], markersize=4, alpha=0.6)
+        axes.plot([own.mean()] * 2, [y - 0.3, y + 0.3], color=COLORS[1])
+    axes.set(yticks=range(len(labels)), yticklabels=labels, title=title)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+
+
+def algorithms(rows):
+    figure, panels = plt.subplots(1, 4, figsize=(15, 4))
+    for axes, reward in zip(panels, ("jpeg", "incompressible", "aesthetic", "clip")):
+        cells = [f"`{reward}`"]
+        for color, algorithm in zip(COLORS, ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")):
+            run = f"{algorithm} {reward}"
+            curve(axes, rows, run, color, algorithm)
+            cells.append(f"{plus_minus(change(rows, run))}%, {still_recognised(rows, run).mean():.0f}%")
+        axes.set(title=reward, xlabel="pictures scored", ylabel="mean reward of the samples")
+        legend(axes)
+        yield line(*cells)
+    save(figure, "algorithms")
+
+
+def settings(rows):
+    runs = runs_of(rows)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), sharey=True)
+    dots(panels[0], runs, [change(rows, run) for run in runs], "change of the reward (minus the JPEG size), %")
+    dots(panels[1], runs, [still_recognised(rows, run) for run in runs], "still recognised, %")
+    save(figure, "settings")
+    for run in runs:
+        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%",
+                   f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
+
+
+def guidance(rows):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for color, run in zip(COLORS, runs_of(rows)):
+        for axes, of in zip(panels, ("reward", "recognised")):
+            curve(axes, rows, run, color, f"guidance {run}" if run != "without" else "no guidance", of)
+        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%")
+    panels[0].set(xlabel="pictures scored", ylabel="mean reward of the samples: minus kB")
+    panels[1].set(xlabel="pictures scored", ylabel="share of the samples recognised")
+    legend(panels[0])
+    legend(panels[1])
+    save(figure, "guidance")
+
+
+def rounds(rows):
+    runs = runs_of(rows)
+    counts = [int(run.split()[0]) for run in runs]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    mean, error = np.transpose([mean_and_error(change(rows, run)) for run in runs])
+    axes.errorbar(counts, mean, error, marker="o", color=COLORS[2], capsize=3, label="rwr, 2,048 pictures in all")
+    axes.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="rounds of sampling and regression",
+             ylabel="change of the reward, %")
+    legend(axes)
+    save(figure, "rounds")
+    for run in runs:
+        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%")
+
+
+def reuse(rows):
+    runs = runs_of(rows)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    dots(panels[0], runs, [change(rows, run) for run in runs], "change of the reward (minus the JPEG size), %")
+    dots(panels[1], runs, [still_recognised(rows, run) for run in runs], "still recognised, %")
+    save(figure, "reuse")
+    for run in runs:
+        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%",
+                   f"{np.nanmean(column(rows, run, 'clip_fraction')):.2f}",
+                   f"{np.nanmax(column(rows, run, 'approx_kl')):.1e}")
+
+
+def generalisation(rows):
+    runs = runs_of(rows)
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for n, run in enumerate(runs):
+        reward = column(rows, run, "reward")[:, :-1]
+        trained = 100 * (reward[:, -1] - reward[:, 0]) / np.abs(reward[:, 0])
+        new = change(rows, run)
+        for dx, values, color, label in ((-0.2, trained, COLORS[0], "prompts trained on (samples of the last epoch)"),
+                                         (0.2, new, COLORS[1], "prompts never trained on")):
+            mean, error = mean_and_error(values)
+            axes.bar(n + dx, mean, 0.36, yerr=error, color=color, capsize=3, label=label if n == 0 else None)
+        yield line(run, f"{plus_minus(trained)}%", f"{plus_minus(new)}%", f"{still_recognised(rows, run).mean():.1f}%")
+    axes.set(xticks=range(len(runs)), xticklabels=[run.replace(", ", "\n") for run in runs],
+             ylabel="change of the reward, %")
+    legend(axes)
+    save(figure, "generalisation")
+
+
+def overoptimisation(rows):
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4))
+    for color, run in zip(COLORS, runs_of(rows)):
+        for axes, of in zip(panels, ("reward", "rule", "recognised")):
+            curve(axes, rows, run, color, run, of, "epoch")
+        recognised = column(rows, run, "recognised")[:, :-1].mean(0)
+        good = np.flatnonzero(recognised >= 0.95 * recognised[0])[-1]
+        yield line(run, *(f"{column(rows, run, of)[:, :-1].mean(0)[at]:.2f}" for at in (good, -1)
+                          for of in ("reward", "rule", "recognised")), str(good))
+    for axes, label in zip(panels, ("learned reward", "the rule that it stands for", "share recognised")):
+        axes.set(xlabel="epoch", ylabel=label)
+        legend(axes)
+    save(figure, "overoptimisation")
+
+
+def dpok(rows):
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for color, run in zip(COLORS, runs_of(rows)):
+        prompt = (HERE / "prompts" / f"{run}.txt").read_text().strip()
+        curve(axes, rows, run, color, f"{run}: {prompt}")
+        before, after = ends(rows, run)
+        yield line(run, f'"{prompt}"', f"{before.mean():.3f}", plus_minus(after, 3, sign=False))
+    axes.set(xlabel="pictures scored", ylabel="similarity of picture and prompt")
+    legend(axes)
+    save(figure, "dpok")
+
+
+def slope(x, y):
+    """Of log y against log x."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0]
+
+
+def gradient_noise(rows):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    ours = [row for row in rows if row["run"] == "even"]
+    for color, T in zip(COLORS, sorted({row["T"] for row in ours})):
+        own = [row for row in ours if row["T"] == T]
+        batches = sorted({row["batch"] for row in own})
+        ratio = [np.mean([row["signal"] / row["measured_noise"] for row in own if row["batch"] == b]) for b in batches]
+        panels[0].loglog(batches, ratio, "o-", color=color, label=f"T = {T:.0f}: slope {slope(batches, ratio):.2f}")
+    panels[0].set(xlabel="samples in the batch", ylabel="signal-to-noise ratio of the gradient")
+    for color, run in zip(COLORS, ("even", "paper")):
+        own = [row for row in rows if row["run"] == run and row["batch"] == 64]
+        T = sorted({row["T"] for row in own})
+        seeds = np.array([[row["signal_to_noise"] for row in own if row["T"] == t] for t in T])
+        panels[1].loglog(T, seeds, "o", color=color, markersize=3, alpha=0.5)
+        panels[1].loglog(T, seeds.mean(1), color=color, label=f"--step-weights {run}: slope "
+                         f"{slope(T, seeds.mean(1)):.2f}")
+        yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
+                   f"{slope(T, seeds.mean(1)):.2f}")
+    panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
+    for run in runs_of([row for row in rows if "after" in row["run"]]):
+        own = column(rows, run, "cosine")[:, 0]
+        yield line(run, plus_minus(own, 3, sign=False))
+    legend(panels[0])
+    legend(panels[1])
+    save(figure, "gradient_noise")
+
+
+def guided_sampler(rows):
+    trained = read_rows("algorithms")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    runs = runs_of(rows)
+    reward, seen, rule = ([column(rows, run, f"held_out{of}")[:, 0].mean() for run in runs]
+                          for of in ("", "_recognised", "_rule"))
+    panels[0].plot(seen, reward, "o-", color=COLORS[0], label="guided by the reward's gradient")
+    for run, x, y in zip(runs, seen, reward):
+        panels[0].annotate(run.split()[1], (x, y), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    run = "ddpo_is aesthetic"
+    after, kept = ends(trained, run)[1], ends(trained, run, "held_out_recognised")[1]
+    panels[0].plot(kept, after, "*", color=COLORS[1], markersize=10, label="DDPO, three seeds")
+    panels[0].set(xlabel="share recognised", ylabel="aesthetic score on held-out seeds")
+    per_picture = [column(rows, run, "seconds")[:, 0].mean() / 180 for run in runs]
+    training = column(trained, run, "seconds")[:, -1].mean()
+    n = np.logspace(1, 4, 50)
+    panels[1].loglog(n, n * max(per_picture), color=COLORS[0], label="guided: all work is drawing")
+    panels[1].loglog(n, training + n * per_picture[0], color=COLORS[1], label="DDPO: training, then plain drawing")
+    panels[1].set(xlabel="pictures drawn", ylabel="seconds")
+    legend(panels[0])
+    legend(panels[1])
+    save(figure, "guided_sampler")
+    for i, name in enumerate(runs):
+        yield line(name, f"{reward[i]:.2f}", f"{rule[i]:.2f}", f"{100 * seen[i]:.1f}%", f"{per_picture[i]:.3f}")
+    yield line("DDPO", f"{after.mean():.2f}", "", f"{100 * kept.mean():.1f}%",
+               f"{per_picture[0]:.3f}, and {training:.0f} of training")
+
+
+FIGURES = (algorithms, settings, guidance, rounds, reuse, generalisation, overoptimisation, dpok, gradient_noise,
+           guided_sampler)
+
+
+def tables():
+    """{experiment: the lines of its table}; draws the figures on the way. Those without numbers are left out."""
+    return {figure.__name__: list(figure(rows)) for figure in FIGURES if (rows := read_rows(figure.__name__))}
+
+
+if __name__ == "__main__":
+    for name, lines in tables().items():
+        print(f"\n{name}", *lines, sep="\n")

@@ -1,0 +1,170 @@
+"""Train what the claims of the paper need, and keep the numbers.
+
+    python experiments/run.py                 which experiments there are, their minutes, what is done
+    python experiments/run.py guidance        the runs of one that are missing; "all": of every one
+    python experiments/figures.py             draws all figures from the numbers, without training
+
+A run is a command of train.py and a seed. When it ends, what it has logged is added to experiments/NAME.csv, a row an
+epoch. Stop and start at will: a run that was interrupted is resumed from runs/experiments/. One training at a time.
+"""
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+from results import HERE, ROOT, read_rows, write_rows
+
+sys.path.insert(0, str(ROOT))
+from ddpo_min.files import InputError, run_main
+
+SEEDS = (0, 1, 2)
+WATCH = ("--watch", "clip,experiments/judges.py:recognised")
+FIRST_HALF = "--prompts experiments/prompts/first_half.txt --eval-prompts animals"
+RULE = ("--watch", "weights/rater.py:rule,experiments/judges.py:recognised")
+
+
+class Experiment(NamedTuple):
+    """What is run for a claim."""
+    minutes: int            # for all runs and seeds, on 2 CPU cores
+    runs: dict              # {name: arguments of train.py}
+    watch: tuple = WATCH
+
+
+EXPERIMENTS = dict(
+    # Figure 4: four algorithms on four tasks, reward against pictures scored, as many for all
+    algorithms=Experiment(200, {f"{algorithm} {reward}": f"--algorithm {algorithm} --reward {reward} --epochs 8"
+                                for reward in ("jpeg", "incompressible", "aesthetic", "clip")
+                                for algorithm in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}),
+    # One setting changed at a time
+    settings=Experiment(140, {
+        "default": "", "eta 0.3": "--eta 0.3", "eta 0.6": "--eta 0.6", "4 steps": "--steps 4",
+        "16 steps": "--steps 16", "clip range 0.001": "--clip-range 0.001", "clip range 0.1": "--clip-range 0.1",
+        "compared with the epoch": "--normalise epoch",
+        "compared with the group": "--normalise group --group-size 8",
+        "a quarter of the steps trained": "--timestep-fraction 0.25", "all steps trained": "--timestep-fraction 1",
+        "all steps weigh alike": "--step-weights paper", "rank 1": "--rank 1", "rank 16": "--rank 16",
+        "whole UNet": "--trainable full"}),
+    # Guidance in sampling, and in training, too
+    guidance=Experiment(45, {"without": "", "in sampling only": "--guidance 5 --no-guidance-in-training",
+                             "in both": "--guidance 5"}),
+    # RWR: few large rounds or many small ones; 2,048 pictures and 128 optimizer steps in all
+    rounds=Experiment(50, {f"{n} rounds": f"--algorithm rwr --epochs {n} --samples {2048 // n} --updates {32 // n} "
+                           "--inner-epochs 4" for n in (1, 2, 4, 8)}),
+    # How often the same pictures are used: minibatches, and passes over them
+    reuse=Experiment(60, {
+        **{f"{n} minibatches": f"--updates {n}" for n in (1, 2, 4, 8, 16)},
+        "2 passes": "--inner-epochs 2", "4 passes": "--inner-epochs 4",
+        "4 passes, no clipping": "--inner-epochs 4 --clip-range 1000"}),
+    # Trained on half of the animals, measured on the others; trained on animals, measured on what they do, and pairs
+    generalisation=Experiment(50, {f"{reward}, {others}": f"--reward {reward} {arguments}"
+                                   for reward in ("jpeg", "aesthetic")
+                                   for others, arguments in {"other animals": FIRST_HALF,
+                                                             "activities": "--eval-prompts activities",
+                                                             "counting": "--eval-prompts counting"}.items()}),
+    # A learned reward followed too far, and what a KL penalty does
+    overoptimisation=Experiment(70, {f"KL weight {weight}": f"--reward aesthetic --epochs 24 --kl-weight {weight}"
+                                     for weight in (0, 1, 10)}, watch=RULE),
+    # The comparison with DPOK: one prompt each, in this world's words
+    dpok=Experiment(30, {name: f"--reward clip --prompts experiments/prompts/{name}.txt"
+                         for name in ("colour", "count", "composition", "location")},
+                    watch=("--watch", "experiments/judges.py:recognised")),
+)
+SCRIPTS = dict(gradient_noise=40, guided_sampler=15)      # programs of their own, and their minutes
+
+
+def command_of(experiment, run, seed):
+    """The arguments of train.py."""
+    return [*shlex.split(experiment.runs[run]), *experiment.watch, "--seed", str(seed)]
+
+
+def done(name, run, seed):
+    """Whether the numbers of a run are kept."""
+    return any(row["run"] == run and row["seed"] == seed for row in read_rows(name))
+
+
+def carry_out(name, run, seed):
+    """Train, or go on with a training that was interrupted, then keep its numbers."""
+    experiment = EXPERIMENTS[name]
+    folder = ROOT / "runs" / "experiments" / name / f"{run.replace(' ', '_')}-{seed}"
+    command = command_of(experiment, run, seed)
+    if not (folder / "result.json").is_file():
+        if (folder / "state.pt").is_file():
+            how = ["--resume", str(folder), *experiment.watch]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            how = [*command, "--out", str(folder)]
+        print(f"\n{name}: {run}, seed {seed}: python train.py {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, "train.py", *how], cwd=ROOT).returncode:
+            raise InputError(f"{name}: {run}, seed {seed} has stopped; the same command goes on with it")
+    keep(name, run, seed, rows_of(folder))
+
+
+def rows_of(folder):
+    """A finished run as rows: epoch 0 is the untrained model, whose pictures the first epoch samples.
+
+    reward: mean over the samples drawn at this point of training; held_out: over the evaluation; both for what is
+    watched, too; queries: pictures scored until then; seconds: of sampling and training until then; what the update
+    on these samples logged.
+    """
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result, config = (json.loads((folder / f"{file}.json").read_text()) for file in ("result", "config"))
+    scores, rows, seconds = {name.split(":")[-1]: name for name in result["scores"]}, [], 0.0
+    for epoch, line in enumerate(history):
+        row = dict(epoch=epoch, queries=epoch * config["samples"], seconds=seconds, reward=line["reward_mean"])
+        row.update({short: line[f"score_{name}"] for short, name in scores.items()})
+        row.update({name: line[name] for name in ("approx_kl", "clip_fraction", "max_ratio_error", "kl_to_base",
+                                                  "effective_samples", "grad_norm") if name in line})
+        seconds += config["samples"] * (1 / line["sampling_images_per_s"] +
+                                        config["inner_epochs"] / line["training_images_per_s"])
+        rows.append(row)
+    rows.append(dict(epoch=len(history), queries=len(history) * config["samples"], seconds=seconds))
+    for row, when in ((rows[0], 0), (rows[-1], 1)):
+        row["held_out"] = (result["reward_before"], result["reward_after"])[when]
+        row.update({f"held_out_{short}": result["scores"][name][when] for short, name in scores.items()})
+    return rows
+
+
+def keep(name, run, seed, rows):
+    """Add a run's rows to the table, in the order of the experiment."""
+    kept = [row for row in read_rows(name) if (row["run"], row["seed"]) != (run, seed)]
+    order = list(EXPERIMENTS[name].runs)
+    kept += [dict(run=run, seed=seed, **row) for row in rows]
+    write_rows(name, sorted((row for row in kept if row["run"] in order),
+                            key=lambda row: (order.index(row["run"]), row["seed"], row["epoch"])))
+
+
+def overview():
+    """A line an experiment."""
+    for name, (minutes, runs, _) in EXPERIMENTS.items():
+        count = sum(done(name, run, seed) for run in runs for seed in SEEDS)
+        print(f"{name:18} {minutes:4} minutes   {count} of {len(runs) * len(SEEDS)} runs done")
+    for name, minutes in SCRIPTS.items():
+        print(f"{name:18} {minutes:4} minutes   {'done' if read_rows(name) else 'missing'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help=", ".join([*EXPERIMENTS, *SCRIPTS, "all"]))
+    names = parser.parse_args().names
+    if names == ["all"]:
+        names = [*EXPERIMENTS, *SCRIPTS]
+    for name in names:
+        if name not in EXPERIMENTS and name not in SCRIPTS:
+            raise InputError(f"{name}: no experiment; expected some of {', '.join([*EXPERIMENTS, *SCRIPTS, 'all'])}")
+    for name in names:
+        if name in EXPERIMENTS:
+            for run in EXPERIMENTS[name].runs:
+                for seed in SEEDS:
+                    if not done(name, run, seed):
+                        carry_out(name, run, seed)
+        elif not read_rows(name) and subprocess.run([sys.executable, HERE / f"{name}.py"], cwd=ROOT).returncode:
+            raise InputError(f"{name} has stopped; start it again")
+    if not names:
+        overview()
+
+
+if __name__ == "__main__":
+    run_main(main)

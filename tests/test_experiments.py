@@ -1,0 +1,170 @@
+"""The experiments: their commands, how runs become rows, and rows figures and tables; without training."""
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import figures
+import judges
+import results
+import run
+
+from ddpo_min import cli
+from ddpo_min.files import InputError
+
+ALL = [(name, own) for name, experiment in run.EXPERIMENTS.items() for own in experiment.runs]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder in place of experiments/ and of the repository."""
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    return tmp_path
+
+
+def fake_run(folder, before, after, epochs=3):
+    """The files that a run leaves, with numbers that can be told apart."""
+    folder.mkdir(parents=True)
+    lines = [dict(epoch=e + 1, reward_mean=before + e, sampling_images_per_s=10, training_images_per_s=5,
+                  grad_norm=e, **{"score_a/b.py:recognised": 1 - e / 10}) for e in range(epochs)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.json").write_text(json.dumps(dict(samples=20, inner_epochs=2)))
+    (folder / "result.json").write_text(json.dumps(dict(
+        reward_before=before, reward_after=after, scores={"a/b.py:recognised": [0.9, 0.6]})))
+
+
+@pytest.mark.parametrize("name, own", ALL)
+def test_every_run_is_a_command_that_is_accepted(name, own, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = cli.read_settings(run.command_of(run.EXPERIMENTS[name], own, 1))
+    cli.check_settings(settings)
+    assert settings.seed == 1
+    if name == "rounds":
+        pictures, steps = settings.epochs * settings.samples, settings.epochs * settings.updates
+        assert (pictures, steps * settings.inner_epochs) == (2048, 128)
+    if name == "algorithms":
+        assert settings.epochs * settings.samples == 2048
+
+
+def test_a_run_becomes_rows(tmp_path):
+    fake_run(tmp_path / "run", -3.0, -2.0)
+    first, second, third, last = run.rows_of(tmp_path / "run")
+    assert first == dict(epoch=0, queries=0, seconds=0, reward=-3, recognised=1, grad_norm=0, held_out=-3,
+                         held_out_recognised=0.9)
+    assert second == dict(epoch=1, queries=20, seconds=pytest.approx(10), reward=-2, recognised=0.9, grad_norm=1)
+    assert last == dict(epoch=3, queries=60, seconds=pytest.approx(30), held_out=-2.0, held_out_recognised=0.6)
+
+
+def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhere, monkeypatch):
+    calls = []
+
+    def pretend(command, cwd):
+        calls.append(command[2:])
+        where = command[command.index("--out" if "--out" in command else "--resume") + 1]
+        if len(calls) == 2:         # killed after its first checkpoint
+            (elsewhere / where).mkdir(parents=True)
+            (elsewhere / where / "state.pt").touch()
+            return subprocess.CompletedProcess(command, 1)
+        (elsewhere / where / "state.pt").unlink(missing_ok=True)
+        if (elsewhere / where).exists():
+            (elsewhere / where).rmdir()
+        fake_run(elsewhere / where, -3.0, -2.0 - len(calls))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run.subprocess, "run", pretend)
+    monkeypatch.setattr(sys, "argv", ["run.py", "guidance"])
+    with pytest.raises(InputError, match="guidance: without, seed 1 has stopped"):
+        run.main()
+    run.main()
+    run.main()
+    assert len(calls) == 10 and "--resume" not in calls[1] and "--resume" in calls[2] and "--seed" not in calls[2]
+    assert all("--resume" not in call for call in calls[3:])
+    assert [shlex.join(call[:call.index("--watch")]) for call in calls[4:]] == [
+        *["--guidance 5 --no-guidance-in-training"] * 3, *["--guidance 5"] * 3]
+    rows = results.read_rows("guidance")
+    assert [(row["run"], row["seed"], row["epoch"]) for row in rows] == [
+        (name, seed, epoch) for name in run.EXPERIMENTS["guidance"].runs for seed in run.SEEDS for epoch in range(4)]
+    assert results.column(rows, "without", "held_out")[:, -1].tolist() == [-3, -5, -6]
+    assert np.isnan(results.column(rows, "in both", "grad_norm")[0]).tolist() == [False, False, False, True]
+
+
+def test_an_unknown_experiment_is_named(elsewhere, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "guidance", "guidence"])
+    with pytest.raises(InputError, match="guidence: no experiment; expected some of algorithms, .*, all"):
+        run.main()
+    assert list(elsewhere.iterdir()) == []
+
+
+def fake_rows(name):
+    """A table as an experiment would write it."""
+    rng, rows = np.random.default_rng(0), []
+    if name == "gradient_noise":
+        for kind in ("even", "paper"):
+            rows += [dict(run=kind, seed=s, T=T, batch=b, signal=2.0, noise=100 / b * T, measured_noise=100 / b * T,
+                          signal_to_noise=2.0 * b / 100 / T) for s in range(3) for T in (4, 8, 16) for b in (8, 64)]
+        return rows + [dict(run="after a step: IS", seed=s, T=8, cosine=0.5 + s / 10) for s in range(3)]
+    if name == "guided_sampler":
+        return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
+                     held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)]
+    for own in run.EXPERIMENTS[name].runs:
+        for seed in run.SEEDS:
+            for epoch in range(4):
+                row = dict(run=own, seed=seed, epoch=epoch, queries=epoch * 256, seconds=epoch * 15)
+                if epoch < 3:
+                    row.update(reward=-3 + 0.1 * epoch, recognised=0.9 - 0.02 * epoch, rule=epoch, clip_fraction=0.25,
+                               approx_kl=1e-4 * (epoch + 1))
+                if epoch in (0, 3):
+                    row.update(held_out=-4 + epoch * (1 + seed) / 10, held_out_recognised=0.9 - epoch / 10)
+                rows.append(row)
+    rng.shuffle(rows)       # a reader may sort as he likes, but within a run and seed the epochs are in order
+    return sorted(rows, key=lambda row: (list(run.EXPERIMENTS[name].runs).index(row["run"]), row["seed"], row["epoch"]))
+
+
+def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
+    for name in [*run.EXPERIMENTS, *run.SCRIPTS]:
+        results.write_rows(name, fake_rows(name))
+    (elsewhere / "prompts").mkdir()
+    for name in run.EXPERIMENTS["dpok"].runs:
+        (elsewhere / "prompts" / f"{name}.txt").write_text("a cat\n")
+    tables = figures.tables()
+    assert tables.keys() == {*run.EXPERIMENTS, *run.SCRIPTS} == {path.stem for path in elsewhere.glob("*.png")}
+    # held out: -4 -> -3.7, -3.4, -3.1 are +7.5, +15, +22.5%: mean 15, standard error 7.5 / sqrt(3); kept: 0.6 of 0.9
+    assert tables["settings"][0] == "| default | +15.0 ± 4.3% | 66.7% | 0.8 |"
+    assert tables["algorithms"][1] == f"| `incompressible` | {' | '.join(['+15.0 ± 4.3%, 67%'] * 4)} |"
+    assert tables["reuse"][0] == "| 1 minibatches | +15.0 ± 4.3% | 66.7% | 0.25 | 3.0e-04 |"
+    assert tables["generalisation"][0] == "| jpeg, other animals | +6.7 ± 0.0% | +15.0 ± 4.3% | 66.7% |"
+    # 0.86 of 0.9 are recognised at epoch 2, 0.88 at epoch 1: 95% of 0.9 is 0.855
+    assert tables["overoptimisation"][0] == "| KL weight 0 | -2.80 | 2.00 | 0.86 | -2.80 | 2.00 | 0.86 | 2 |"
+    assert tables["gradient_noise"] == ["| `--step-weights even` | 0.320 | 0.160 | 0.080 | -1.00 |",
+                                        "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
+                                        "| after a step: IS | 0.600 ± 0.058 |"]
+    assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
+                                            "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
+
+
+def test_the_tables_of_the_page_are_those_of_the_numbers(monkeypatch, tmp_path):
+    page = (ROOT / "experiments" / "README.md").read_text()
+    monkeypatch.setattr(figures, "save", lambda figure, name: figures.plt.close(figure))
+    for name, lines in figures.tables().items():
+        for line in lines:
+            assert line in page, f"{name}: {line}"
+        assert f"]({name}.png)" in page
+
+
+def test_the_judge_reads_the_animal_from_the_prompt(monkeypatch):
+    asked = []
+    monkeypatch.setattr(judges, "classifier", lambda: None)
+    monkeypatch.setattr(judges.evaluate, "recognised", lambda _, images, animals: asked.extend(animals)
+                        or np.array([True] * len(animals)))
+    prompts = ["a dog", "three wolves", "a cat riding a bike", "a rabbit on a green background", "two mice"]
+    assert judges.recognised(np.zeros((5, 64, 64, 3), np.uint8), prompts).tolist() == [1.0] * 5
+    from ddpo_min.prompts import ANIMALS
+    assert [ANIMALS[i] for i in asked] == ["dog", "wolf", "cat", "rabbit", "mouse"]
