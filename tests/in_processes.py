@@ -1,50 +1,90 @@
-"""What tests/test_processes.py starts several of: trainings as one of N processes, their results in a file.
+"""What tests/test_processes.py starts several processes of, joined as torchrun does it.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500 python tests/in_processes.py WHAT FOLDER
+They are forked from a server that has imported everything: to start Python and import torch in each would take longer
+than what they do.
 """
+import multiprocessing
+import os
+import socket
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from conftest import ROOT  # noqa: F401
+from conftest import ROOT
+from ddpo_min.files import run_main
 from ddpo_min.processes import gather, rank, together
 from test_update_oracle import CASES, run_train, settings_of, tiny_model
 
-# One case for each algorithm, normalisation and kind of training, with two optimizer steps an epoch where it can
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["in_processes"])
+
+# One case for each algorithm, normalisation and kind of training, with several optimizer steps an epoch where it can
 CHOSEN = list({(case["algorithm"], case["normalise"], case["trainable"]): case
                for case in sorted(CASES, key=lambda case: (case["updates"] * case["inner_epochs"], case["rank"] or 0))}
               .values())
 
 
+class Group:
+    """So many processes that call work(*given) in a folder; what they print is in its files out0, err0, out1, ..."""
+
+    def __init__(self, count, folder, work, *given):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.folder = folder
+        self.processes = [SERVER.Process(target=one_of, args=(rank, count, port, folder, work, given))
+                          for rank in range(count)]
+        for process in self.processes:
+            process.start()
+
+    def ended(self):
+        """Wait for all: their statuses, and (stdout, stderr) of each."""
+        for process in self.processes:
+            process.join(300)
+        said = [tuple((self.folder / f"{name}{rank}").read_text() for name in ("out", "err"))
+                for rank in range(len(self.processes))]
+        return [process.exitcode for process in self.processes], said
+
+
+def one_of(rank, count, port, folder, work, given):
+    """In a process: its place among the others, its files, then the work."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(1)
+    work(*given)
+
+
+def command(arguments):
+    """python train.py with these arguments."""
+    run_main(together(lambda: train.main(arguments)))
+
+
+def trainings(folder, cases, arguments):
+    """Some of CHOSEN on a tiny model in float64; then a run with its folder, and one that a single process began."""
+    together(lambda: _trainings(folder, cases, arguments))()
+
+
+def _trainings(folder, cases, arguments):
+    own = folder / f"rank{rank()}"
+    own.mkdir()
+    results = [run_case(case, own) for case in cases]
+    drawn = gather([[epoch.pop("drawn") for epoch in result] for result in results])
+    if rank() == 0:
+        torch.save(dict(results=results, drawn=drawn), folder / "results.pt")
+    if arguments:
+        train.main([*arguments, "--epochs", "2", "--out", str(folder / "both")])
+        train.main(["--resume", str(folder / "alone"), "--epochs", "2"])
+
+
 def run_case(case, folder):
-    """The epochs of a case, [{name: anything}], on a tiny model in float64."""
+    """The epochs of a case, [{name: anything}]."""
     settings, _ = settings_of(case, folder)
     with pytest.MonkeyPatch.context() as patch:
         epochs, _ = run_train(settings, tiny_model(), patch)
     return [dict(rewards=epoch.rewards, worth=epoch.worth, parameters=epoch.parameters, metrics=epoch.metrics,
                  drawn=len(epoch.log_p_old)) for epoch in epochs]
-
-
-def cases(folder):
-    """All of CHOSEN; the first process writes what they gave, and how many samples each process has drawn."""
-    own = folder / f"rank{rank()}"
-    own.mkdir()
-    results = [run_case(case, own) for case in CHOSEN]
-    drawn = gather([[epoch.pop("drawn") for epoch in result] for result in results])
-    if rank() == 0:
-        torch.save(dict(results=results, drawn=drawn), folder / "results.pt")
-
-
-def runs(folder):
-    """A run with its folder, begun here; and one that a single process began, taken up."""
-    arguments = (folder / "arguments.txt").read_text().split("\n")
-    train.main([*arguments, "--epochs", "2", "--out", str(folder / "both")])
-    train.main(["--resume", str(folder / "alone"), "--epochs", "2"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    together(lambda: dict(cases=cases, runs=runs)[sys.argv[1]](Path(sys.argv[2])))()

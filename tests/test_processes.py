@@ -1,9 +1,6 @@
 """N processes are one: the same samples, rewards, gradients and files; and how they end when one of them fails."""
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,31 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT
 from ddpo_min import processes
 from ddpo_min.plan import Plan, part_of
-from in_processes import CHOSEN, run_case
+from in_processes import CHOSEN, Group, command, run_case, trainings
 from test_train import arguments, metrics
 from test_update_oracle import furthest
-
-
-def started(count, *command, cwd=ROOT):
-    """So many processes with this command, joined as torchrun does it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(count), OMP_NUM_THREADS="1",
-                 PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    return [subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": str(rank)})
-            for rank in range(count)]
-
-
-def ended(group):
-    """Wait for all: their statuses, and what they have printed (stdout, stderr)."""
-    said = [process.communicate(timeout=300) for process in group]
-    return [process.returncode for process in group], said
-
 
 # Parts
 
@@ -92,14 +69,9 @@ def alone(tmp_path_factory):
     return [run_case(case, tmp_path_factory.mktemp("alone")) for case in CHOSEN]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_training_is_the_same_in_so_many_processes(count, alone, tmp_path):
-    statuses, said = ended(started(count, ROOT / "tests" / "in_processes.py", "cases", tmp_path))
-    assert statuses == [0] * count, said
-    assert all(out == "" for out, _ in said[1:])
-    found = torch.load(tmp_path / "results.pt", weights_only=False)
-    assert len(found["results"]) == len(CHOSEN) >= 10
-    for case, expected, got in zip(CHOSEN, alone, found["results"]):
+def assert_same_trainings(folder, cases, alone):
+    found = torch.load(folder / "results.pt", weights_only=False)
+    for case, expected, got in zip(cases, alone, found["results"], strict=True):
         assert len(got) == len(expected) == 2
         for ours, theirs in zip(got, expected):
             assert ours["rewards"].tolist() == theirs["rewards"].tolist()
@@ -113,17 +85,26 @@ def test_training_is_the_same_in_so_many_processes(count, alone, tmp_path):
         assert np.sum(own, axis=0).tolist() == [8, 8] and np.max(own) < 8
 
 
-def test_a_run_may_change_how_many_processes_it_has(tiny_file, tmp_path):
-    given = arguments(tiny_file, tmp_path / "whole", "--eval-every", "1", "--watch", "incompressible", epochs=2)
-    train.main(given)
-    at = given.index("--out")
-    del given[at:at + 2]
-    at = given.index("--epochs")
-    del given[at:at + 2]
-    (tmp_path / "arguments.txt").write_text("\n".join(given))
+def test_training_is_the_same_in_three_processes(alone, tmp_path):
+    cases = CHOSEN[::2]         # minibatches of 8, 4 and 2: a process has no sample of the last
+    assert {case["updates"] for case in cases} == {1, 2, 4}
+    statuses, said = Group(3, tmp_path, trainings, tmp_path, cases, None).ended()
+    assert statuses == [0] * 3, said
+    assert_same_trainings(tmp_path, cases, alone[::2])
+
+
+def test_training_is_the_same_in_two_processes_and_a_run_may_change_how_many_it_has(alone, tiny_file, tmp_path):
+    given = arguments(tiny_file, "OUT", "--eval-every", "1", "--watch", "incompressible", epochs=0)
+    for flag in ("--out", "--epochs"):
+        at = given.index(flag)
+        del given[at:at + 2]
+    train.main([*given, "--epochs", "2", "--out", str(tmp_path / "whole")])
     train.main([*given, "--epochs", "1", "--out", str(tmp_path / "alone")])
-    statuses, said = ended(started(2, ROOT / "tests" / "in_processes.py", "runs", tmp_path))
+    statuses, said = Group(2, tmp_path, trainings, tmp_path, CHOSEN, given).ended()
     assert statuses == [0, 0], said
+    assert said[1][0] == "" and "held-out seeds: " in said[0][0]
+    assert len(CHOSEN) >= 10
+    assert_same_trainings(tmp_path, CHOSEN, alone)
     train.main(["--resume", str(tmp_path / "both"), "--epochs", "2"])       # and back to one
     whole = load_file(tmp_path / "whole" / "lora.safetensors")
     for name in ("both", "alone"):
@@ -155,7 +136,7 @@ def fails(images, prompts):
 
 
 def slow(images, prompts):
-    time.sleep(0.2)
+    time.sleep(0.05)
     print("scored", flush=True)
     return images.mean((1, 2, 3))
 """
@@ -163,12 +144,11 @@ def slow(images, prompts):
 
 def run_of(tiny_file, tmp_path, reward, count=2):
     (tmp_path / "rate.py").write_text(FAILING)
-    given = arguments(tiny_file, "run", "--reward", f"rate.py:{reward}", epochs=50)
-    return started(count, ROOT / "train.py", *given, cwd=tmp_path)
+    return Group(count, tmp_path, command, arguments(tiny_file, "run", "--reward", f"rate.py:{reward}", epochs=50))
 
 
 def test_an_error_in_one_process_ends_all_with_its_message_once(tiny_file, tmp_path):
-    statuses, said = ended(run_of(tiny_file, tmp_path, "fails"))
+    statuses, said = run_of(tiny_file, tmp_path, "fails").ended()
     assert statuses == [2, 2]
     errors = "".join(err for _, err in said)
     assert errors.count("error: ") == 1 and "Traceback" not in errors
@@ -182,9 +162,9 @@ def test_a_process_that_is_killed_or_stopped_takes_the_others_along(how, tiny_fi
     group = run_of(tiny_file, tmp_path, "slow")
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
         time.sleep(0.05)
-        assert all(process.poll() is None for process in group)
-    group[1].send_signal(how)
-    statuses, said = ended(group)
+        assert all(process.is_alive() for process in group.processes)
+    os.kill(group.processes[1].pid, how)
+    statuses, said = group.ended()
     assert statuses[1] == (-how if how == signal.SIGKILL else 128 + how) and statuses[0] == 2
     errors = "".join(err for _, err in said)
     words = "error: another process has ended without a word; " if how == signal.SIGKILL else "stopped after epoch "
@@ -206,5 +186,5 @@ def test_processes_that_do_not_find_each_other_are_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(processes.InputError, match="the processes did not find each other .* start them all with torchrun"):
+    with pytest.raises(processes.InputError, match="processes did not find each other .* start them all with torchrun"):
         processes.join()
