@@ -78,7 +78,10 @@ def together(main):
 
 def is_first_to_fail():
     """Tell the others that this process fails; whether it is the first to do so, and so the one that says why."""
-    return not STORE or STORE[0].compare_set(FAILED, "", str(rank())) == str(rank()).encode()
+    try:
+        return not STORE or STORE[0].compare_set(FAILED, "", str(rank())) == str(rank()).encode()
+    except RuntimeError:        # the process that had the store is gone
+        return True
 
 
 def wait(work):

@@ -34,8 +34,11 @@ class Group:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.folder = folder
-        self.processes = [SERVER.Process(target=one_of, args=(rank, count, port, folder, work, given))
-                          for rank in range(count)]
+        for number in range(count):
+            (folder / f"out{number}").touch()
+            (folder / f"err{number}").touch()
+        self.processes = [SERVER.Process(target=one_of, args=(number, count, port, folder, work, given))
+                          for number in range(count)]
         for process in self.processes:
             process.start()
 
@@ -43,8 +46,8 @@ class Group:
         """Wait for all: their statuses, and (stdout, stderr) of each."""
         for process in self.processes:
             process.join(300)
-        said = [tuple((self.folder / f"{name}{rank}").read_text() for name in ("out", "err"))
-                for rank in range(len(self.processes))]
+        said = [tuple((self.folder / f"{name}{number}").read_text() for name in ("out", "err"))
+                for number in range(len(self.processes))]
         return [process.exitcode for process in self.processes], said
 
 
@@ -53,7 +56,7 @@ def one_of(rank, count, port, folder, work, given):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY), number)
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     work(*given)
