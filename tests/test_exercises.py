@@ -57,7 +57,7 @@ def test_the_page_and_the_patches_belong_together():
     assert numbers == [str(n) for n in range(1, len(numbers) + 1)] and len(numbers) >= 8
     assert {path.name for path in EXERCISES.glob("*.patch")} == {f"{number}.patch" for number in numbers}
     for number, section in SECTIONS:
-        assert f"git apply tutorial/exercises/{number}.patch" in section and f"]({number}.webp)" in section
+        assert f"git apply tutorial/exercises/{number}.patch" in section
         assert re.findall(r"<summary>(.*?)</summary>", section) == ["Hint 1", "Hint 2", "Hint 3", "Answer"]
         assert section.count("<details>") == section.count("</details>") == 4
         changed = re.findall(r"^[-+](?![-+])", (EXERCISES / f"{number}.patch").read_text(), re.M)

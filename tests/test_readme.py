@@ -24,7 +24,6 @@ README, EQUATIONS = TEXT["README.md"], TEXT["docs/equations.md"]
 ROWS = re.findall(r"^\| .* \| `(ddpo_min\.\w+)\.(\w+)` \| `tests/(\w+\.py)::(\w+)` \|$", EQUATIONS, re.M)
 FILES = re.findall(r"^\d+\. `([\w/.]+)` .*\((\d+) lines\)$", README, re.M)
 OTHERS = {"my_rewards.py", "FILE.py"}       # a reader's own files
-NOT_DRAWN_YET = {f"{number}.webp" for number in range(1, 11)}       # by tutorial/exercises/curves.py
 
 
 def fences(text):
@@ -116,7 +115,7 @@ def test_the_page_of_every_subject_is_linked_once():
 def test_no_link_is_dead():
     for page, text in TEXT.items():
         for link in re.findall(r"\]\(([^)]+)\)", text):
-            if not link.startswith("https://") and link not in NOT_DRAWN_YET:
+            if not link.startswith("https://"):
                 assert ((ROOT / page).parent / link).is_file(), f"{page}: {link}"
 
 
