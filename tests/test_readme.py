@@ -17,7 +17,7 @@ from ddpo_min import bench, cli
 from ddpo_min.files import InputError
 from ddpo_min.settings import PRESETS
 
-PAGES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "tutorial/exercises/README.md",
+PAGES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "tutorial/exercises/README.md", "experiments/README.md",
          *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 README, EQUATIONS = TEXT["README.md"], TEXT["docs/equations.md"]
@@ -140,7 +140,7 @@ def test_every_command_can_be_parsed(tmp_path, monkeypatch):
                 if arguments != ["--help"]:
                     parsers[command](arguments)
             else:
-                assert command.startswith(("weights/", "tests/", "tutorial/"))
+                assert command.startswith(("weights/", "tests/", "tutorial/", "experiments/"))
                 flags = [word for word in arguments if word.startswith("--")]
                 assert all(f'"{flag}"' in (ROOT / command).read_text() for flag in flags)
         except (SystemExit, InputError, AssertionError) as error:
@@ -151,7 +151,8 @@ def test_every_command_can_be_parsed(tmp_path, monkeypatch):
 def test_every_flag_that_is_named_exists():
     sources = "".join((ROOT / name).read_text() for name in ("sample.py", "ddpo_min/bench.py", "weights/evaluate.py",
                                                              "weights/pretrain.py", "weights/world.py"))
-    known = set(cli.make_parser()._option_string_actions) | set(re.findall(r'"(--[a-z][\w-]*)"', sources))
+    known = {"--nproc_per_node", "--nnodes"}        # torchrun's
+    known |= set(cli.make_parser()._option_string_actions) | set(re.findall(r'"(--[a-z][\w-]*)"', sources))
     for page, text in TEXT.items():
         for code in inline(text):
             for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code):
