@@ -38,16 +38,16 @@ def cut_to(text, width, font):
     return text[:length] + "..." * (length < len(text))
 
 
-def grid(rows, captions=None, labels=None):
+def grid(rows, captions=None, labels=None, room=None):
     """Rows of pictures as one PIL image.
 
     rows: list of uint8 (N, H, W, 3); captions: for each row N str to write under the pictures, cut to their width;
-    labels: a str a row, written at its left.
+    labels: a str a row, written at its left; room: labels to leave room for, so that several grids are of one size.
     """
     rows = [scale_up(np.asarray(row)) for row in rows]
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(11)
-    left = 0 if labels is None else 12 + int(max(font.getlength(label) for label in labels))
+    left = 0 if labels is None else 12 + int(max(font.getlength(label) for label in room or labels))
     below = LINE if captions else 0
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (left + columns * (width + GAP) + GAP, len(rows) * (height + below + GAP) + GAP), "white")

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import socket
 import sys
+from functools import cache
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -18,12 +20,20 @@ from ddpo_min.processes import gather, rank, together
 from test_update_oracle import CASES, run_train, settings_of, tiny_model
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["in_processes"])
 
 # One case for each algorithm, normalisation and kind of training, with several optimizer steps an epoch where it can
 CHOSEN = list({(case["algorithm"], case["normalise"], case["trainable"]): case
                for case in sorted(CASES, key=lambda case: (case["updates"] * case["inner_epochs"], case["rank"] or 0))}
               .values())
+
+
+@cache
+def start_server():
+    """Start it, with this file imported: it looks for the file where PYTHONPATH says, and nowhere else."""
+    SERVER.set_forkserver_preload(["in_processes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
 
 
 class Group:
@@ -33,6 +43,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
+        start_server()
         self.folder = folder
         for number in range(count):
             (folder / f"out{number}").touch()

@@ -281,11 +281,29 @@ def test_the_moving_picture_shows_every_row_with_its_rewards(whole, part, copy):
         assert all(np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8 for a, b in zip(*texts))
 
 
+def test_a_moving_picture_takes_labels_of_every_length(tmp_path):
+    """A frame that is wider than the first is none."""
+    own = Folder(str(tmp_path / "run"), resume="")
+    own.create("jpeg")
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    for epoch in (0, 9, 10, 100):
+        own.add_row(epoch, images, ["a", "b"])
+    moving = Image.open(tmp_path / "run" / "samples.webp")
+    ours = []
+    for frame in range(4):
+        moving.seek(frame)
+        ours.append(np.asarray(moving.convert("RGB")).astype(int))
+    assert moving.n_frames == 4
+    left = ours[0].shape[1] - 2 * (128 + run.figures.GAP) - run.figures.GAP
+    assert all(np.abs(a[:, left:] - ours[0][:, left:]).mean() < 1 for a in ours)        # the pictures stay in place
+    assert all(np.abs(a[:, :left] - ours[0][:, :left]).max() > 50 for a in ours[1:])     # the labels do not
+
+
 def test_many_rows_are_thinned_in_samples_png(copy, monkeypatch):
     monkeypatch.setattr(folder, "MOST_ROWS", 2)
     shown = []
-    monkeypatch.setattr(folder.figures, "grid", lambda rows, captions=None, labels=None, grid=folder.figures.grid:
-                        shown.append(labels) or grid(rows, captions, labels))
+    monkeypatch.setattr(folder.figures, "grid", lambda rows, captions=None, labels=None, grid=folder.figures.grid, **more:
+                        shown.append(labels) or grid(rows, captions, labels, **more))
     go(resume=copy)
     assert shown[-2] == ["epoch 0", f"epoch {EPOCHS}"]
 
