@@ -160,14 +160,12 @@ def make_settings(**given):
     """
     given = {name: str(value) if isinstance(value, PathLike) else value for name, value in given.items()}
     _check_types(given)
-    if given.get("auto_resume"):
-        settings = _started_or_resumed(given)
-    elif given.get("resume"):
+    if given.get("resume") and not given.get("auto_resume"):
         settings = _resumed(**given)
     else:
         if "rank" in given and given.get("init_lora"):
             raise InputError("--rank: follows from the file with --init-lora; drop it")
-        settings = _filled(given)
+        settings = _started_or_resumed(given) if given.get("auto_resume") else _filled(given)
     check_settings(settings, own_reward=True)       # train() looks the reward up: it may be a function
     return settings
 

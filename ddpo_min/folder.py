@@ -234,7 +234,7 @@ class Folder:
                 if drawn.shape == strip.shape:
                     below = (below + [""] * len(images))[:len(images)]
                     rows[f"epoch {int(path.stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1)), below
-        frames = [figures.grid([figures.thumbnails(row)], [below], [label], room=list(rows))
+        frames = [figures.grid([figures.thumbnails(row)], [below], labels=[label], room=list(rows))
                   for label, (row, below) in rows.items()]
         figures.save_moving(self.path / "samples.webp", frames)
         labels = [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).round().astype(int)]

@@ -34,9 +34,8 @@ class Metrics:
         self.grad_norms.append(grad_norm)
 
     def of_all(self):
-        """The update is over: add what the other processes have trained on. Returns the metrics."""
+        """The update is over: add what the other processes have trained on."""
         self.rows = [row for rows in gather(self.rows) for row in rows]
-        return self
 
     def mean(self, name):
         """The mean of a number, each micro-batch weighted by its size."""

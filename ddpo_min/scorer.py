@@ -104,7 +104,7 @@ class Scorer:
         With the vision-language reward, the scores have "empty_answers", too: 1 where it scores exactly 0. Raises what
         a reward raised, and InputError if all these are empty.
         """
-        parts, missing = self.of_all(self.results())
+        parts, missing = self.of_all(*self.results())
         scores = {name: np.concatenate([part[name] for part in parts]) for name in self.functions
                   if name not in missing}
         if "vlm" in scores:
@@ -129,15 +129,15 @@ class Scorer:
         finally:
             self.forget()
 
-    def of_all(self, own):
-        """Everything that all processes have scored, in the order of the samples; own: results() of this one."""
-        listed = [(first, {name: values.tolist() for name, values in part.items()}) for first, part in own[0]]
+    def of_all(self, scored, failed):
+        """Everything that all processes have scored, in the order of the samples; given: results() of this one."""
+        listed = [(first, {name: values.tolist() for name, values in part.items()}) for first, part in scored]
         found, missing = [], {}
-        for parts, failures in gather((listed, own[1])):
+        for parts, failures in gather((listed, failed)):
             found += parts
             missing.update(failures)
-        return [{name: np.array(values) for name, values in part.items()} for _, part in sorted(
-            found, key=lambda pair: pair[0])], missing
+        found.sort(key=lambda pair: pair[0])
+        return [{name: np.array(values) for name, values in part.items()} for _, part in found], missing
 
     def forget(self):
         """Drop what was added and not collected."""

@@ -11,8 +11,7 @@ from ddpo_min.files import atomic
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # told apart by all eyes
-
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # told apart by all
 
 
 def save(figure, name):
@@ -66,6 +65,11 @@ def legend(axes):
     axes.grid(alpha=0.3)
 
 
+def changed(rows, run):
+    """Two cells: the change of the reward, and how many pictures are still recognised."""
+    return f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%"
+
+
 def dots(axes, labels, values, title):
     """A row a label: every seed a dot, the mean a bar."""
     for y, own in enumerate(values):
@@ -74,6 +78,15 @@ def dots(axes, labels, values, title):
     axes.set(yticks=range(len(labels)), yticklabels=labels, title=title)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
+
+
+def all_runs(rows, name, height):
+    """A figure with a row a run: the change of the reward, and how many pictures are still recognised."""
+    runs = runs_of(rows)
+    figure, panels = plt.subplots(1, 2, figsize=(11, height), sharey=True)
+    dots(panels[0], runs, [change(rows, run) for run in runs], "change of the reward (minus the JPEG size), %")
+    dots(panels[1], runs, [still_recognised(rows, run) for run in runs], "still recognised, %")
+    save(figure, name)
 
 
 def algorithms(rows):
@@ -91,14 +104,9 @@ def algorithms(rows):
 
 
 def settings(rows):
-    runs = runs_of(rows)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 6), sharey=True)
-    dots(panels[0], runs, [change(rows, run) for run in runs], "change of the reward (minus the JPEG size), %")
-    dots(panels[1], runs, [still_recognised(rows, run) for run in runs], "still recognised, %")
-    save(figure, "settings")
-    for run in runs:
-        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%",
-                   f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
+    all_runs(rows, "settings", height=6)
+    for run in runs_of(rows):
+        yield line(run, *changed(rows, run), f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
 
 
 def guidance(rows):
@@ -106,7 +114,7 @@ def guidance(rows):
     for color, run in zip(COLORS, runs_of(rows)):
         for axes, of in zip(panels, ("reward", "recognised")):
             curve(axes, rows, run, color, f"guidance {run}" if run != "without" else "no guidance", of)
-        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%")
+        yield line(run, *changed(rows, run))
     panels[0].set(xlabel="pictures scored", ylabel="mean reward of the samples: minus kB")
     panels[1].set(xlabel="pictures scored", ylabel="share of the samples recognised")
     legend(panels[0])
@@ -114,29 +122,24 @@ def guidance(rows):
     save(figure, "guidance")
 
 
-def rounds(rows):
+def interleaving(rows):
     runs = runs_of(rows)
     counts = [int(run.split()[0]) for run in runs]
     figure, axes = plt.subplots(figsize=(6, 4))
     mean, error = np.transpose([mean_and_error(change(rows, run)) for run in runs])
     axes.errorbar(counts, mean, error, marker="o", color=COLORS[2], capsize=3, label="rwr, 2,048 pictures in all")
-    axes.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="rounds of sampling and regression",
+    axes.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="epochs of sampling and regression",
              ylabel="change of the reward, %")
     legend(axes)
-    save(figure, "rounds")
+    save(figure, "interleaving")
     for run in runs:
-        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%")
+        yield line(run, *changed(rows, run))
 
 
 def reuse(rows):
-    runs = runs_of(rows)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    dots(panels[0], runs, [change(rows, run) for run in runs], "change of the reward (minus the JPEG size), %")
-    dots(panels[1], runs, [still_recognised(rows, run) for run in runs], "still recognised, %")
-    save(figure, "reuse")
-    for run in runs:
-        yield line(run, f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%",
-                   f"{np.nanmean(column(rows, run, 'clip_fraction')):.2f}",
+    all_runs(rows, "reuse", height=4)
+    for run in runs_of(rows):
+        yield line(run, *changed(rows, run), f"{np.nanmean(column(rows, run, 'clip_fraction')):.2f}",
                    f"{np.nanmax(column(rows, run, 'approx_kl')):.1e}")
 
 
@@ -151,7 +154,7 @@ def generalisation(rows):
                                          (0.2, new, COLORS[1], "prompts never trained on")):
             mean, error = mean_and_error(values)
             axes.bar(n + dx, mean, 0.36, yerr=error, color=color, capsize=3, label=label if n == 0 else None)
-        yield line(run, f"{plus_minus(trained)}%", f"{plus_minus(new)}%", f"{still_recognised(rows, run).mean():.1f}%")
+        yield line(run, f"{plus_minus(trained)}%", *changed(rows, run))
     axes.set(xticks=range(len(runs)), xticklabels=[run.replace(", ", "\n") for run in runs],
              ylabel="change of the reward, %")
     legend(axes)
@@ -245,7 +248,7 @@ def guided_sampler(rows):
                f"{per_picture[0]:.3f}, and {training:.0f} of training")
 
 
-FIGURES = (algorithms, settings, guidance, rounds, reuse, generalisation, overoptimisation, dpok, gradient_noise,
+FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
            guided_sampler)
 
 

@@ -28,48 +28,46 @@ from ddpo_min.policy import Policy
 from ddpo_min.prompts import draw_prompts, find_prompts
 from ddpo_min.rewards import jpeg
 from ddpo_min.rollout import sample_trajectories
+from ddpo_min.settings import Settings
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
-SAMPLES, GROUP = 1024, 8
+SAMPLES, GROUP, MINIBATCH = 1024, 8, 64
 STEPS, SEEDS = (4, 8, 16, 32), (0, 1, 2)
 BATCHES = (8, 16, 32, 64, 128, 256)
-CLIP_RANGE = 0.01       # the laptop preset's
+# Of a step: (log_p, log_p_old, advantage) -> scalar
+LOSSES = {"SF": lambda log_p, log_p_old, A: ddpo_sf_loss(log_p, A),
+          "IS": lambda log_p, log_p_old, A: ddpo_is_loss(torch.exp(log_p - log_p_old), A, Settings.clip_range),
+          "IS unclipped": lambda log_p, log_p_old, A: ddpo_is_loss(torch.exp(log_p - log_p_old), A, np.inf)}
 
 
 def draw(policy, seed, epoch, count=SAMPLES):
     """Trajectories of `count` samples and their advantages, compared with all samples of the same prompt."""
     prompts, seeds = draw_prompts(find_prompts("animals"), count, seed=seed, epoch=epoch)
     images = []
-    trajectories = sample_trajectories(policy, prompts, seeds, tqdm(micro_batches(0, count, 64), "sampling"),
-                                       on_images=lambda drawn, _: images.append(drawn))
+    trajectories = sample_trajectories(policy, prompts, seeds, tqdm(micro_batches(0, count, MINIBATCH), "sampling"),
+                                       on_images=lambda drawn, *_: images.append(drawn))
     statistics = PromptStatistics(buffer=count, minimum=2)
     advantages = statistics.advantages(prompts, jpeg(np.concatenate(images), prompts))
-    return trajectories, torch.as_tensor(advantages).float().clip(-5, 5)
+    return trajectories, torch.as_tensor(advantages).float().clip(-Settings.advantage_clip, Settings.advantage_clip)
 
 
-def gradients(policy, parameters, trajectories, advantages, emphases):
-    """The gradients of small groups, by the name of the loss: {name: float32 (groups, parameters)}.
+def gradients(policy, parameters, trajectories, advantages, losses, emphases):
+    """The gradients of small groups: {(loss, emphasis): float32 (groups, parameters)}, by their names.
 
-    emphases: {name: T factors} for the losses of the denoising steps; with the first of them also "IS", the clipped
-    ratio's, and "IS unclipped".
+    losses: some of LOSSES; emphases: {name: T factors} for the losses of the denoising steps.
     """
-    groups, T = micro_batches(0, len(advantages), GROUP), len(policy.steps)
-    first = next(iter(emphases.values()))
-    names = [*emphases, "IS", "IS unclipped"]
-    total = {name: torch.zeros(len(groups), sum(p.numel() for p in parameters)) for name in names}
+    groups = micro_batches(0, len(advantages), GROUP)
+    total = {(loss, emphasis): torch.zeros(len(groups), sum(p.numel() for p in parameters))
+             for loss in losses for emphasis in emphases}
     for n, samples in enumerate(tqdm(groups, "gradients")):
-        for i in range(T):
+        for i in range(len(policy.steps)):
             x_t, x_prev, log_p_old, context = trajectories.at(samples, i)
             log_p, _ = policy.log_prob(x_prev, x_t, i, context)
-            ratio, A = torch.exp(log_p - log_p_old), advantages[samples]
-            losses = dict(SF=ddpo_sf_loss(log_p, A), clipped=ddpo_is_loss(ratio, A, CLIP_RANGE),
-                          free=ddpo_is_loss(ratio, A, np.inf))
-            g = {name: torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters, retain_graph=True)])
-                 for name, loss in losses.items()}
-            for name, emphasis in emphases.items():
-                total[name][n] += emphasis[i] * g["SF"]
-            total["IS"][n] += first[i] * g["clipped"]
-            total["IS unclipped"][n] += first[i] * g["free"]
+            for loss in losses:
+                value = LOSSES[loss](log_p, log_p_old, advantages[samples])
+                g = torch.cat([part.flatten() for part in torch.autograd.grad(value, parameters, retain_graph=True)])
+                for emphasis, factors in emphases.items():
+                    total[loss, emphasis][n] += factors[i] * g
     return total
 
 
@@ -93,10 +91,11 @@ def cosine(a, b):
 
 
 def learner_of(seed):
-    """The shipped model with a new LoRA."""
-    model = load_stable_diffusion(SHIPPED, "cpu", torch.float32)
-    return Learner(model, trainable="lora", rank=4, init_lora="", seed=seed, statistics=PromptStatistics(), lr=3e-3,
-                   betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4, grad_clip=1.0)
+    """The shipped model with a new LoRA, and the laptop preset's optimizer."""
+    model, s = load_stable_diffusion(SHIPPED, "cpu", torch.float32), Settings()
+    return Learner(model, trainable="lora", rank=s.rank, init_lora="", seed=seed, statistics=PromptStatistics(),
+                   lr=s.lr, betas=(s.beta1, s.beta2), eps=s.adam_eps, weight_decay=s.weight_decay,
+                   grad_clip=s.grad_clip)
 
 
 def main():
@@ -108,33 +107,31 @@ def main():
             parameters = learner.optimizer.parameters
             emphases = dict(even=even_emphasis(steps), paper=[1.0] * T)
             trajectories, advantages = draw(policy, seed, 0)
-            at_first = gradients(policy, parameters, trajectories, advantages, emphases)
-            off = (at_first["IS"] - at_first["even"]).norm() / at_first["even"].norm()
-            assert off < 1e-3, off      # the ratio is 1, but for rounding: so IS is SF here
-            for name in emphases:
-                signal, noise = signal_and_noise(at_first[name])
+            # The ratio is 1 here, so the gradient of IS is that of SF
+            for (_, name), g in gradients(policy, parameters, trajectories, advantages, ["SF"], emphases).items():
+                signal, noise = signal_and_noise(g)
                 for batch in BATCHES:
                     rows.append(dict(run=name, seed=seed, T=T, batch=batch, signal=signal, noise=noise / batch,
-                                     measured_noise=measured_noise(at_first[name], batch),
-                                     signal_to_noise=signal * batch / noise))
-            if T == 8:
-                rows += after_a_step(learner, policy, trajectories, advantages, emphases, seed)
+                                     measured_noise=measured_noise(g, batch), signal_to_noise=signal * batch / noise))
+            if T == Settings.steps:
+                rows += after_a_step(learner, policy, trajectories, advantages, emphases["even"], seed)
             write_rows("gradient_noise", sorted(rows, key=lambda row: row["run"]))
 
 
-def after_a_step(learner, policy, trajectories, advantages, emphases, seed):
-    """The same samples after one optimizer step with 64 others: SF and IS against fresh samples."""
-    T, parameters = len(policy.steps), learner.optimizer.parameters
-    others, A = draw(policy, seed, 1, 64)
-    ddpo_update(policy, learner.optimizer, others, A, np.random.default_rng(seed), plan=Plan(64, 1, 64, range(T)),
-                clip_range=CLIP_RANGE, emphasis=emphases["even"])
-    old = gradients(policy, parameters, trajectories, advantages, emphases)
-    true, again = (gradients(policy, parameters, *draw(policy, seed, epoch), emphases)["even"] for epoch in (2, 3))
+def after_a_step(learner, policy, trajectories, advantages, emphasis, seed):
+    """The same samples after one optimizer step with others: SF and IS against fresh samples."""
+    T, parameters, even = len(policy.steps), learner.optimizer.parameters, dict(even=emphasis)
+    others, A = draw(policy, seed, 1, MINIBATCH)
+    ddpo_update(policy, learner.optimizer, others, A, np.random.default_rng(seed), emphasis=emphasis,
+                plan=Plan(MINIBATCH, 1, MINIBATCH, range(T)), clip_range=Settings.clip_range)
+    old = gradients(policy, parameters, trajectories, advantages, list(LOSSES), even)
+    true, again = (gradients(policy, parameters, *draw(policy, seed, epoch), ["SF"], even)["SF", "even"]
+                   for epoch in (2, 3))
     rows = [dict(run="after a step: fresh samples", seed=seed, T=T, cosine=cosine(true, again))]
-    for name, short in dict(SF="even", IS="IS", **{"IS unclipped": "IS unclipped"}).items():
-        signal, noise = signal_and_noise(old[short])
-        rows.append(dict(run=f"after a step: {name}", seed=seed, T=T, signal=signal, noise=noise,
-                         cosine=cosine(old[short], true)))
+    for (loss, _), g in old.items():
+        signal, noise = signal_and_noise(g)
+        rows.append(dict(run=f"after a step: {loss}", seed=seed, T=T, signal=signal, noise=noise,
+                         cosine=cosine(g, true)))
     return rows
 
 

@@ -11,8 +11,8 @@ reward at each step of every picture. The reward is the aesthetic head; pictures
 """
 import sys
 import time
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from judges import recognised
@@ -22,13 +22,13 @@ from tqdm import tqdm
 sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
 import rater  # noqa: E402
 from ddpo_min import load_stable_diffusion  # noqa: E402
-from ddpo_min.clip_rewards import aesthetic  # noqa: E402
-from ddpo_min.ddim import ddim_step, ddim_steps, x0_hat  # noqa: E402
+from ddpo_min.clip_rewards import AestheticReward, aesthetic  # noqa: E402
+from ddpo_min.ddim import ddim_steps, x0_hat  # noqa: E402
 from ddpo_min.plan import micro_batches  # noqa: E402
 from ddpo_min.policy import Policy  # noqa: E402
-from ddpo_min.prompts import HELD_OUT, find_prompts  # noqa: E402
-from ddpo_min.rollout import sample_noise  # noqa: E402
-from ddpo_min.vae import decode_images  # noqa: E402
+from ddpo_min.prompts import find_prompts, held_out  # noqa: E402
+from ddpo_min.rollout import sample_trajectories  # noqa: E402
+from ddpo_min.settings import Settings  # noqa: E402
 
 SCALES = (0, 0.5, 1, 2, 4, 8, 16)
 SEEDS, SAMPLES = (0, 1, 2), 180
@@ -40,40 +40,32 @@ def differentiable(reward, vae, x_0):
     return reward.head(F.normalize(reward.scorer.model.encode_image(pictures).float(), dim=-1))
 
 
-def guided_eps(policy, reward, x_t, i, context, scale):
-    """The predicted noise, shifted to where the reward of x0_hat rises."""
-    steps = policy.steps
-    x_t = x_t.detach().requires_grad_(True)
-    eps = policy.eps(x_t, steps.t[i], context, policy.guidance)
-    score = differentiable(reward, policy.model.vae, x0_hat(x_t, eps, steps.alpha_bar[i])).sum()
-    return eps.detach() - scale * (1 - steps.alpha_bar[i]) ** 0.5 * torch.autograd.grad(score, x_t)[0]
+@dataclass
+class GuidedPolicy(Policy):
+    """The policy whose predicted noise is shifted to where the reward of x0_hat rises."""
+    reward: AestheticReward = None
+    scale: float = 0.0
 
-
-def draw(policy, reward, prompts, seeds, scale):
-    """Pictures, uint8 (N, 64, 64, 3)."""
-    drawn = []
-    for samples in micro_batches(0, len(prompts), 45):
-        noise = sample_noise(seeds[samples], len(policy.steps), (4, 16, 16))
-        context, x = policy.model.encode_prompts(prompts[samples]), noise[:, 0]
-        for i in range(len(policy.steps)):
-            if scale:
-                eps = guided_eps(policy, reward, x, i, context, scale)
-            else:
-                with torch.no_grad():
-                    eps = policy.eps(x, policy.steps.t[i], context, policy.guidance)
-            x, _ = ddim_step(x, eps, policy.steps, i, noise[:, i + 1])
-        drawn.append(decode_images(policy.model.vae, x))
-    return np.concatenate(drawn)
+    def eps(self, x_t, t, context, guidance):
+        if not self.scale:
+            return super().eps(x_t, t, context, guidance)
+        alpha_bar = self.steps.alpha_bar[self.steps.t.index(t)]
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_(True)
+            eps = super().eps(x_t, t, context, guidance)
+            score = differentiable(self.reward, self.model.vae, x0_hat(x_t, eps, alpha_bar)).sum()
+        return eps.detach() - self.scale * (1 - alpha_bar) ** 0.5 * torch.autograd.grad(score, x_t)[0]
 
 
 def main():
-    model = load_stable_diffusion(device="cpu")
-    reward, policy = aesthetic("cpu", small=True), Policy(model, ddim_steps(8), 1.0)
-    prompts, rows = [find_prompts("animals")[i % 45] for i in range(SAMPLES)], []
+    model, reward, rows = load_stable_diffusion(device="cpu"), aesthetic("cpu", small=True), []
+    all_prompts, all_seeds = held_out(find_prompts("animals"), SAMPLES * len(SEEDS))
     for scale in tqdm(SCALES, "scales"):
+        policy = GuidedPolicy(model, ddim_steps(Settings.steps), Settings.guidance, reward=reward, scale=scale)
         for seed in SEEDS:
-            began = time.perf_counter()
-            images = draw(policy, reward, prompts, [HELD_OUT + SAMPLES * seed + i for i in range(SAMPLES)], scale)
+            began, own = time.perf_counter(), slice(SAMPLES * seed, SAMPLES * (seed + 1))
+            prompts, seeds = all_prompts[own], all_seeds[own]
+            images = sample_trajectories(policy, prompts, seeds, micro_batches(0, SAMPLES, 45), keep="images").images
             rows.append(dict(run=f"scale {scale:g}", seed=seed, scale=scale, held_out=reward(images, prompts).mean(),
                              held_out_rule=rater.rule(images).mean(), seconds=time.perf_counter() - began,
                              held_out_recognised=recognised(images, prompts).mean()))

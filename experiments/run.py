@@ -10,7 +10,6 @@ epoch. Stop and start at will: a run that was interrupted is resumed from runs/e
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -50,9 +49,10 @@ EXPERIMENTS = dict(
     # Guidance in sampling, and in training, too
     guidance=Experiment(45, {"without": "", "in sampling only": "--guidance 5 --no-guidance-in-training",
                              "in both": "--guidance 5"}),
-    # RWR: few large rounds or many small ones; 2,048 pictures and 128 optimizer steps in all
-    rounds=Experiment(50, {f"{n} rounds": f"--algorithm rwr --epochs {n} --samples {2048 // n} --updates {32 // n} "
-                           "--inner-epochs 4" for n in (1, 2, 4, 8)}),
+    # RWR: few large epochs or many small ones; 2,048 pictures and 128 optimizer steps in all
+    interleaving=Experiment(50, {
+        f"{n} epochs": f"--algorithm rwr --epochs {n} --samples {2048 // n} --updates {32 // n} --inner-epochs 4"
+        for n in (1, 2, 4, 8)}),
     # How often the same pictures are used: minibatches, and passes over them
     reuse=Experiment(60, {
         **{f"{n} minibatches": f"--updates {n}" for n in (1, 2, 4, 8, 16)},
@@ -80,9 +80,10 @@ def command_of(experiment, run, seed):
     return [*shlex.split(experiment.runs[run]), *experiment.watch, "--seed", str(seed)]
 
 
-def done(name, run, seed):
-    """Whether the numbers of a run are kept."""
-    return any(row["run"] == run and row["seed"] == seed for row in read_rows(name))
+def missing(name):
+    """The runs of an experiment whose numbers are not kept yet: [(run, seed)]."""
+    kept = {(row["run"], row["seed"]) for row in read_rows(name)}
+    return [(run, seed) for run in EXPERIMENTS[name].runs for seed in SEEDS if (run, seed) not in kept]
 
 
 def carry_out(name, run, seed):
@@ -91,13 +92,9 @@ def carry_out(name, run, seed):
     folder = ROOT / "runs" / "experiments" / name / f"{run.replace(' ', '_')}-{seed}"
     command = command_of(experiment, run, seed)
     if not (folder / "result.json").is_file():
-        if (folder / "state.pt").is_file():
-            how = ["--resume", str(folder), *experiment.watch]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            how = [*command, "--out", str(folder)]
         print(f"\n{name}: {run}, seed {seed}: python train.py {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, "train.py", *how], cwd=ROOT).returncode:
+        command += ["--auto-resume", "--out", str(folder)]
+        if subprocess.run([sys.executable, "train.py", *command], cwd=ROOT).returncode:
             raise InputError(f"{name}: {run}, seed {seed} has stopped; the same command goes on with it")
     keep(name, run, seed, rows_of(folder))
 
@@ -138,9 +135,9 @@ def keep(name, run, seed, rows):
 
 def overview():
     """A line an experiment."""
-    for name, (minutes, runs, _) in EXPERIMENTS.items():
-        count = sum(done(name, run, seed) for run in runs for seed in SEEDS)
-        print(f"{name:18} {minutes:4} minutes   {count} of {len(runs) * len(SEEDS)} runs done")
+    for name, experiment in EXPERIMENTS.items():
+        left, of = len(missing(name)), len(experiment.runs) * len(SEEDS)
+        print(f"{name:18} {experiment.minutes:4} minutes   {of - left} of {of} runs done")
     for name, minutes in SCRIPTS.items():
         print(f"{name:18} {minutes:4} minutes   {'done' if read_rows(name) else 'missing'}")
 
@@ -156,10 +153,8 @@ def main():
             raise InputError(f"{name}: no experiment; expected some of {', '.join([*EXPERIMENTS, *SCRIPTS, 'all'])}")
     for name in names:
         if name in EXPERIMENTS:
-            for run in EXPERIMENTS[name].runs:
-                for seed in SEEDS:
-                    if not done(name, run, seed):
-                        carry_out(name, run, seed)
+            for run, seed in missing(name):
+                carry_out(name, run, seed)
         elif not read_rows(name) and subprocess.run([sys.executable, HERE / f"{name}.py"], cwd=ROOT).returncode:
             raise InputError(f"{name} has stopped; start it again")
     if not names:

@@ -6,17 +6,24 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from conftest import ROOT
+from conftest import ROOT, plain_descent, random_lora_policy
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import figures
+import gradient_noise
+import guided_sampler
 import judges
 import results
 import run
 
 from ddpo_min import cli
+from ddpo_min.ddim import ddim_steps
+from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
+from ddpo_min.plan import Plan
+from ddpo_min.weights import load_stable_diffusion
 
 ALL = [(name, own) for name, experiment in run.EXPERIMENTS.items() for own in experiment.runs]
 
@@ -47,7 +54,7 @@ def test_every_run_is_a_command_that_is_accepted(name, own, monkeypatch):
     settings = cli.read_settings(run.command_of(run.EXPERIMENTS[name], own, 1))
     cli.check_settings(settings)
     assert settings.seed == 1
-    if name == "rounds":
+    if name == "interleaving":
         pictures, steps = settings.epochs * settings.samples, settings.epochs * settings.updates
         assert (pictures, steps * settings.inner_epochs) == (2048, 128)
     if name == "algorithms":
@@ -68,7 +75,7 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
 
     def pretend(command, cwd):
         calls.append(command[2:])
-        where = command[command.index("--out" if "--out" in command else "--resume") + 1]
+        where = command[command.index("--out") + 1]
         if len(calls) == 2:         # killed after its first checkpoint
             (elsewhere / where).mkdir(parents=True)
             (elsewhere / where / "state.pt").touch()
@@ -85,8 +92,9 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
         run.main()
     run.main()
     run.main()
-    assert len(calls) == 10 and "--resume" not in calls[1] and "--resume" in calls[2] and "--seed" not in calls[2]
-    assert all("--resume" not in call for call in calls[3:])
+    assert len(calls) == 10 and calls[2] == calls[1]
+    assert all("--auto-resume" in call and "--seed" in call for call in calls)
+    assert len({call[call.index("--out") + 1] for call in calls}) == 9
     assert [shlex.join(call[:call.index("--watch")]) for call in calls[4:]] == [
         *["--guidance 5 --no-guidance-in-training"] * 3, *["--guidance 5"] * 3]
     rows = results.read_rows("guidance")
@@ -168,3 +176,50 @@ def test_the_judge_reads_the_animal_from_the_prompt(monkeypatch):
     assert judges.recognised(np.zeros((5, 64, 64, 3), np.uint8), prompts).tolist() == [1.0] * 5
     from ddpo_min.prompts import ANIMALS
     assert [ANIMALS[i] for i in asked] == ["dog", "wolf", "cat", "rabbit", "mouse"]
+
+
+def test_the_signal_and_the_noise_of_a_gradient_are_those_it_was_made_of():
+    torch.manual_seed(0)
+    truth, spread = torch.linspace(-1, 1, 50), 2.0
+    groups = truth + spread / gradient_noise.GROUP ** 0.5 * torch.randn(4000, 50)
+    signal, noise = gradient_noise.signal_and_noise(groups)
+    assert signal == pytest.approx(truth.square().sum().item(), rel=0.02)
+    assert noise == pytest.approx(50 * spread ** 2, rel=0.02)
+    for batch in (8, 32, 256):
+        assert gradient_noise.measured_noise(groups, batch) == pytest.approx(50 * spread ** 2 / batch, rel=0.1)
+
+
+def test_the_gradient_of_groups_is_the_updates(tiny_file, monkeypatch):
+    """Their mean, on the policy that sampled, is what a step of gradient descent takes."""
+    monkeypatch.setattr(gradient_noise, "MINIBATCH", 8)
+    policy, parameters = random_lora_policy(tiny_file, 1.0, 3)
+    trajectories, A = gradient_noise.draw(policy, 0, 0, 16)
+    emphasis = [0.5, 2.0, 0.5]
+    found = gradient_noise.gradients(policy, parameters, trajectories, A, list(gradient_noise.LOSSES),
+                                     dict(ours=emphasis, even=[1.0] * 3))
+    before = torch.cat([p.detach().flatten() for p in parameters])
+    ddpo_update(policy, plain_descent(parameters), trajectories, A, np.random.default_rng(0),
+                plan=Plan(16, 1, 8, range(3)), clip_range=0.01, emphasis=emphasis)
+    theirs = before - torch.cat([p.detach().flatten() for p in parameters])
+    for loss in gradient_noise.LOSSES:
+        ours = found[loss, "ours"].mean(0) / 3
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+        assert (found[loss, "even"].mean(0) / 3 - theirs).norm() > 0.1 * theirs.norm()
+
+
+def test_the_guided_sampler_follows_the_gradient_of_the_reward(tiny_file, monkeypatch):
+    """For a reward that is linear in x_0, against finite differences of the reward of x0_hat in x_t."""
+    model = load_stable_diffusion(tiny_file, dtype=torch.float64)
+    direction = torch.randn(4, 8, 8, dtype=torch.float64)
+    monkeypatch.setattr(guided_sampler, "differentiable", lambda reward, vae, x_0: (x_0 * direction).sum((1, 2, 3)))
+    steps = ddim_steps(4)
+    plain, guided = (guided_sampler.GuidedPolicy(model, steps, 1.0, scale=scale) for scale in (0, 3.0))
+    x_t, towards = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+    context, i, h = model.encode_prompts(["a cat", "a dog"]), 1, 1e-5
+    with torch.no_grad():
+        a = steps.alpha_bar[i]
+        rewards = [(guided_sampler.x0_hat(x, plain.eps(x, steps.t[i], context, 1.0), a) * direction).sum((1, 2, 3))
+                   for x in (x_t + h * towards, x_t - h * towards)]
+        shift = guided.eps(x_t, steps.t[i], context, 1.0) - plain.eps(x_t, steps.t[i], context, 1.0)
+    slope = (rewards[0] - rewards[1]) / (2 * h)
+    assert torch.allclose((shift * towards).sum((1, 2, 3)), -3 * (1 - a) ** 0.5 * slope, rtol=1e-6)

@@ -296,14 +296,14 @@ def test_a_moving_picture_takes_labels_of_every_length(tmp_path):
     assert moving.n_frames == 4
     left = ours[0].shape[1] - 2 * (128 + run.figures.GAP) - run.figures.GAP
     assert all(np.abs(a[:, left:] - ours[0][:, left:]).mean() < 1 for a in ours)        # the pictures stay in place
-    assert all(np.abs(a[:, :left] - ours[0][:, :left]).max() > 50 for a in ours[1:])     # the labels do not
+    assert all(np.abs(a[:, :left] - ours[0][:, :left]).max() > 50 for a in ours[1:])    # the labels do not
 
 
 def test_many_rows_are_thinned_in_samples_png(copy, monkeypatch):
     monkeypatch.setattr(folder, "MOST_ROWS", 2)
     shown = []
-    monkeypatch.setattr(folder.figures, "grid", lambda rows, captions=None, labels=None, grid=folder.figures.grid, **more:
-                        shown.append(labels) or grid(rows, captions, labels, **more))
+    monkeypatch.setattr(folder.figures, "grid", lambda rows, *given, labels=None, grid=folder.figures.grid, **more:
+                        shown.append(labels) or grid(rows, *given, labels=labels, **more))
     go(resume=copy)
     assert shown[-2] == ["epoch 0", f"epoch {EPOCHS}"]
 

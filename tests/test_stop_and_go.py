@@ -46,7 +46,7 @@ def test_two_runs_do_not_write_to_one_folder(other_process, tmp_path):
     assert not (out / LOCK).exists()
 
 
-def test_the_second_of_two_runs_that_start_together_is_refused(whole_run, tmp_path):
+def test_the_second_of_two_runs_that_start_together_is_refused(tmp_path):
     out = tmp_path / "run"
     first, second = (run.Run(make_settings(out=str(out), samples=8, device="cpu")) for _ in range(2))
     first.files.create("jpeg")
@@ -135,6 +135,7 @@ def test_auto_resume_refuses_another_run_and_files_that_are_no_runs(whole_run, t
     refused(lambda: make_settings(**same, reward="incompressible"), "has --reward jpeg, not incompressible")
     refused(lambda: make_settings(auto_resume=True), "--auto-resume: goes on with the run in --out, which must be")
     refused(lambda: make_settings(auto_resume=True, out="a", resume="a"), "and --resume must not")
+    refused(lambda: make_settings(auto_resume=True, out="a", init_lora="b", rank=8), "--rank: follows from the file")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     refused(lambda: Folder(str(tmp_path), False, anew=True), f"--out {tmp_path}: already holds files")
     assert (tmp_path / "config.json").exists()
