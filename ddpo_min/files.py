@@ -190,7 +190,8 @@ def run_main(main):
                       "room on the disk, at the connection, and at where the output goes", file=sys.stderr)
         for stream in filter(None, (sys.stdout, sys.stderr)):       # so that what they still hold is dropped in silence
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status in range(129, 160) and threading.active_count() > 1 and not hasattr(sys, "ps1"):    # a shell's
+    stopped, in_a_shell = status in range(129, 160), hasattr(sys, "ps1")
+    if stopped and threading.active_count() > 1 and not in_a_shell:
         os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
     sys.exit(status)
 
