@@ -17,8 +17,8 @@ from ddpo_min import bench, cli
 from ddpo_min.files import InputError
 from ddpo_min.settings import PRESETS
 
-PAGES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "tutorial/exercises/README.md", "experiments/README.md",
-         *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "tutorial/README.md", "tutorial/exercises/README.md",
+         "experiments/README.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 README, EQUATIONS = TEXT["README.md"], TEXT["docs/equations.md"]
 ROWS = re.findall(r"^\| .* \| `(ddpo_min\.\w+)\.(\w+)` \| `tests/(\w+\.py)::(\w+)` \|$", EQUATIONS, re.M)

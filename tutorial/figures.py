@@ -37,6 +37,7 @@ def line(axes, x, y, label=None, color=BLUE):
     """The points that are there, joined."""
     known = ~np.isnan(y)
     axes.plot(x[known], y[known], color=color, label=label, marker="o", markersize=3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
 
 
@@ -123,7 +124,7 @@ def draw_watched():
         axes[label].imshow(np.concatenate(kept(name)[-1], axis=1))
         axes[label].set(ylabel=label, xticks=[], yticks=[])
     for column, title in titles.items():
-        axes[column].set(title=title, xlabel="epochs before")
+        axes[column].set(title=title, xlabel="epochs finished")
     axes["approx_kl"].set(yscale="log")
     axes["max_ratio_error"].legend(fontsize=8)
     save("watched", figure)
@@ -170,7 +171,7 @@ def table_prompts():
     for reward in ("jpeg", "aesthetic", "clip"):
         own = read("prompts")[reward].reshape(-1, 8)
         within = own.var(axis=1, ddof=1).mean()
-        yield f"`{reward}`", f"{own.std():.3f}", f"{within ** 0.5:.3f}", f"{1 - within / own.var():.0%}"
+        yield f"`{reward}`", f"{own.std():.3f}", f"{within ** 0.5:.3f}", f"{max(0, 1 - within / own.var()):.0%}"
 
 
 def table_plane():
