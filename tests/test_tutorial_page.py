@@ -95,7 +95,7 @@ def test_every_name_on_the_page_is_in_the_code():
 
 def test_the_trainings_are_the_pages_commands(monkeypatch):
     monkeypatch.chdir(ROOT)
-    said = [line for _, block in fences(TEXT) for line in block.splitlines()]
+    said = [*inline(TEXT), *(line for _, block in fences(TEXT) for line in block.splitlines())]
     for arguments in measure.TRAININGS.values():
         read_settings(shlex.split(f"{arguments} {measure.WATCH}"))
         assert f"python train.py {arguments}" in said
