@@ -299,13 +299,14 @@ def test_a_moving_picture_takes_labels_of_every_length(tmp_path):
     assert all(np.abs(a[:, :left] - ours[0][:, :left]).max() > 50 for a in ours[1:])    # the labels do not
 
 
-def test_many_rows_are_thinned_in_samples_png(copy, monkeypatch):
+def test_many_rows_are_thinned(copy, monkeypatch):
     monkeypatch.setattr(folder, "MOST_ROWS", 2)
     shown = []
     monkeypatch.setattr(folder.figures, "grid", lambda rows, *given, labels=None, grid=folder.figures.grid, **more:
                         shown.append(labels) or grid(rows, *given, labels=labels, **more))
     go(resume=copy)
     assert shown[-2] == ["epoch 0", f"epoch {EPOCHS}"]
+    assert Image.open(copy / "samples.webp").n_frames == 2
 
 
 def test_large_pictures_are_shrunk_in_the_moving_picture():
