@@ -248,8 +248,26 @@ def guided_sampler(rows):
                f"{per_picture[0]:.3f}, and {training:.0f} of training")
 
 
+def scaling(rows):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for axes, name, label in zip(panels, ("samples", "steps"), ("samples an epoch", "denoising steps T")):
+        own = [row for row in rows if row["run"] == name]
+        x, seconds = np.array([(row[name], row["seconds"]) for row in own]).T
+        each, start = np.polyfit(x, seconds, 1)
+        axes.plot(x, seconds, "o", color=COLORS[0], label="measured")
+        axes.plot([0, x[-1]], [start, start + each * x[-1]], color=COLORS[1],
+                  label=f"{start:.2f} s + {1000 * each:.1f} ms {label.split()[0]}")
+        axes.set(xlabel=label, ylabel="seconds an epoch", xlim=0, ylim=0)
+        legend(axes)
+    save(figure, "scaling")
+    for row in rows:
+        yield line(*(f"{row[name]:.0f}" for name in ("samples", "steps", "processes")),
+                   *(f"{row[f'{phase}seconds']:.2f}" for phase in ("sampling_", "training_", "")),
+                   f"{row['memory_mb']:.0f}")
+
+
 FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
-           guided_sampler)
+           guided_sampler, scaling)
 
 
 def tables():
