@@ -15,6 +15,8 @@ from pathlib import Path
 from results import ROOT, write_rows
 from tqdm import tqdm
 
+sys.path.insert(0, str(ROOT))       # for write_rows
+
 CORES = 2
 START = dict(samples=128, steps=8, processes=1)
 VALUES = dict(samples=(64, 128, 256, 512), steps=(4, 8, 16, 32), processes=(1, 2))
