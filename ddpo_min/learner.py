@@ -33,7 +33,7 @@ class Learner:
     def load_state_dict(self, state):
         """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
         if (state.keys() != {"parameters", "alphas", "optimizer", "statistics"}
-                or state["optimizer"].keys() != {"state", "param_groups", "scaler"}):
+                or state["optimizer"].keys() != {"state", "param_groups", "scaler", "ahead"}):
             raise ValueError("parts are missing")
         given, moments = state["parameters"], state["optimizer"]["state"]
         if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
