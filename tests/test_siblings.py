@@ -58,7 +58,7 @@ def test_training_is_the_plain_loop(case, tmp_path, monkeypatch):
     assert {one.A > 0 for one in seen} == {True, False} and len({one.t for one in seen}) > 2
     if settings.algorithm == "awm":
         assert {one.A > 0 for one in seen if one.clipped} == {True, False}      # on both sides
-        assert any(one.outside and not one.clipped for one in seen)             # what moved the wrong way is not clipped
+        assert any(one.outside and not one.clipped for one in seen)             # not what moved the wrong way
 
 
 @pytest.mark.parametrize("algorithm", ["awm", "nft", "ram"])
@@ -74,7 +74,8 @@ def test_a_whole_run_begins_with_ratios_of_one_and_resumes_exactly(algorithm, ti
     whole, halves = (load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
-    assert [line["max_ratio_error"] > 0 for line in metrics(tmp_path / "whole")] == [False, True]   # ahead of the average
+    ahead = [line["max_ratio_error"] > 0 for line in metrics(tmp_path / "whole")]
+    assert ahead == [False, True]       # what is trained, of the average that draws
 
 
 # One model that is a matrix: its gradient in closed form
@@ -83,18 +84,18 @@ def test_a_whole_run_begins_with_ratios_of_one_and_resumes_exactly(algorithm, ti
 def test_awms_first_gradient_is_the_closed_form_of_a_model_that_is_one_matrix(step_weights):
     """eps_hat = W x_t. E (W x_t - eps) x_t' = W (a x_0 x_0' + (1 - a) I) - sqrt(1 - a) I; the rest follows."""
     N, t, W = 500, 600, torch.nn.Parameter(random(4, 4) / 2)
-    x_0, advantages = 1.5 * random(N, 4) + 0.5, random(N) + 0.5
-    trajectories = Trajectories(x_0.reshape(N, 1, 4, 1, 1), torch.zeros(N, 1, dtype=torch.float64), torch.zeros(1, 1, 1),
-                                torch.zeros(N, dtype=torch.int64), torch.arange(N), None)
+    x_0, advantages, first = 1.5 * random(N, 4) + 0.5, random(N) + 0.5, torch.zeros(N, dtype=torch.int64)
+    trajectories = Trajectories(x_0.reshape(N, 1, 4, 1, 1), first[:, None].double(), torch.zeros(1, 1, 1), first,
+                                torch.arange(N), None)
     policy = SimpleNamespace(training_guidance=1.0, steps=SimpleNamespace(t=(t,)),
                              eps=lambda x, *_: (x.flatten(1) @ W.T).view_as(x))
     before, plan = W.detach().clone(), Plan(N, 1, N)
     metrics = forward_process_update(
         policy, plain_descent([W]), trajectories, advantages, np.random.default_rng(0), plan=plan, algorithm="awm",
         timesteps=16, grid=True, step_weights=step_weights, clip_range=0.1, power=1.0, beta=1.0, advantage_clip=5.0)
-    a, I = A[t], torch.eye(4, dtype=torch.float64)
+    a, one = A[t], advantages.mean() * torch.eye(4, dtype=torch.float64)
     second = torch.einsum("n,ni,nj->ij", advantages, x_0, x_0) / N
-    mean = before @ (a * second + (1 - a) * advantages.mean() * I) - (1 - a).sqrt() * advantages.mean() * I
+    mean = before @ (a * second + (1 - a) * one) - (1 - a).sqrt() * one
     tau = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
     expected = 2 / 4 * mean * (1 if step_weights == "even" else tau / (1 - tau) ** 2)
     assert (before - W - expected).abs().max() < 0.08 * expected.abs().max()
@@ -108,9 +109,9 @@ def test_awms_first_gradient_is_the_closed_form_of_a_model_that_is_one_matrix(st
 def scene(request):
     """Three samples at a timestep: predicted, old, base and true noise, and what they are as velocities and x_0."""
     t = request.param
-    a, eps, x_0 = A[t].item(), random(3, 4, 2, 2), 2 * random(3, 4, 3, 2)[:, :, :2]
+    a, (eps, x_0, *off) = A[t].item(), random(5, 3, 4, 2, 2)
     x_t = a ** 0.5 * x_0 + (1 - a) ** 0.5 * eps
-    hat, old, base = (eps + random(3, 4, 2, 2 + n)[..., :2] * 0.3 for n in (1, 2, 3))
+    hat, old, base = (eps + 0.3 * error for error in off)
     clean = [x0_hat(x_t, e, a) for e in (hat, old, base, eps)]
     velocity = [e - x for e, x in zip((hat, old, base, eps), clean)]
     scale, weight = (numbers[t] for numbers in velocity_units("paper"))
@@ -243,7 +244,8 @@ def test_the_policy_between_epochs_is_the_moving_average_of_what_is_trained():
 def test_each_of_a_samples_timesteps_is_drawn_from_its_own_part_of_the_times():
     plan = Plan(12, 2, 4, inner_epochs=2)
     minibatches = [list(own) for own in plan.noised_minibatches(np.random.default_rng(0), range(1000), 4)]
-    assert [[(s.start % 6, s.stop % 6 or 6) for s, *_ in own] for own in minibatches] == [[(0, 4)] * 4 + [(4, 6)] * 4] * 4
+    cut = [[(s.start % 6, s.stop % 6 or 6) for s, *_ in own] for own in minibatches]
+    assert cut == [[(0, 4)] * 4 + [(4, 6)] * 4] * 4
     for own in minibatches:
         assert all(len(t) == len(seeds) == s.stop - s.start and part == len(t) / 24 for s, t, seeds, part in own)
         assert all((t // 250 == k % 4).all() for k, (_, t, *_) in enumerate(own))
