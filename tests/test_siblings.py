@@ -202,7 +202,7 @@ def test_ram_is_at_rest_where_the_pictures_are_tilted_by_the_reward(a, kl_weight
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.6])
-def test_ddpos_log_probability_is_a_denoising_loss_with_the_noise_between_neighbours_as_target(eta):
+def test_ddpos_log_probability_is_a_denoising_loss_towards_the_noise_between_neighbours(eta):
     steps, (x_t, x_prev, e1, e2) = ddim_steps(7, eta), random(4, 3, 4, 5, 5)
     for i, w in enumerate(step_weights(steps)):
         a, b, s = steps.alpha_bar[i], steps.alpha_bar_prev[i], steps.sigma[i]
