@@ -31,7 +31,7 @@ def random(*shape):
 SETTINGS = dict(trainable="lora", normalise="prompt", updates=2, inner_epochs=1, rank=2, statistics=(5, 3), lr=1e-2)
 CASES = [{**SETTINGS, **case} for case in (
     dict(algorithm="awm", updates=4, inner_epochs=2, batch=1, clip_range=1e-4, timesteps=1),
-    dict(algorithm="awm", updates=2, inner_epochs=3, batch=3, clip_range=1e-5, advantage_clip=0.5, timesteps=3,
+    dict(algorithm="awm", updates=2, inner_epochs=2, batch=3, clip_range=1e-5, advantage_clip=0.5, timesteps=3,
          grid_timesteps=True, step_weights="paper", awm_power=0.25, kl_weight=0.3, kl_old=2.0, guidance=3.0, eta=0.5,
          normalise="group", group_size=2, betas=(0.5, 0.7), adam_eps=1e-2, weight_decay=0.5, grad_clip=1e-3, seed=5),
     dict(algorithm="awm", trainable="full", rank=None, updates=1, inner_epochs=2, clip_range=0.01, kl_old=0.5, ema=0.4,
@@ -42,7 +42,7 @@ CASES = [{**SETTINGS, **case} for case in (
     dict(algorithm="nft", trainable="full", rank=None, updates=1, inner_epochs=2, grid_timesteps=True, timesteps=4,
          normalise="epoch", guidance=3.0, guidance_in_training=False),
     dict(algorithm="ram", updates=4, inner_epochs=2, batch=1, kl_weight=0.5, timesteps=1),
-    dict(algorithm="ram", updates=1, inner_epochs=3, batch=3, kl_weight=2.0, kl_old=0.7, ema=0.3, timesteps=3,
+    dict(algorithm="ram", updates=1, inner_epochs=2, batch=3, kl_weight=2.0, kl_old=0.7, ema=0.3, timesteps=3,
          grid_timesteps=True, step_weights="paper", guidance=3.0, normalise="group", group_size=2, eta=0.5),
     dict(algorithm="ram", batch=16, kl_weight=0.1, dtype="float16", advantage_clip=0.5, normalise="epoch", guidance=3.0,
          guidance_in_training=False),
@@ -61,21 +61,17 @@ def test_training_is_the_plain_loop(case, tmp_path, monkeypatch):
         assert any(one.outside and not one.clipped for one in seen)             # not what moved the wrong way
 
 
-@pytest.mark.parametrize("algorithm", ["awm", "nft", "ram"])
-def test_a_whole_run_begins_with_ratios_of_one_and_resumes_exactly(algorithm, tiny_file, tmp_path):
-    more = ["--algorithm", algorithm, "--timestep-fraction", "1", "--lr", "1e-2", "--kl-weight", "0.1"]
-    train.main(arguments(tiny_file, tmp_path / "plain", *more, epochs=1))
-    line, = metrics(tmp_path / "plain")
-    assert line["max_ratio_error"] == 0 and line["distance_to_old"] > 0 and line["distance_to_base"] > 0
-    more += ["--ema", "0.5", "--updates", "1", "--inner-epochs", "2"]
+def test_a_whole_run_begins_with_ratios_of_one_and_resumes_exactly(tiny_file, tmp_path):
+    more = ["--algorithm", "awm", "--timestep-fraction", "1", "--lr", "1e-2", "--kl-weight", "0.1", "--ema", "0.5"]
     train.main(arguments(tiny_file, tmp_path / "whole", *more, epochs=2))
     train.main(arguments(tiny_file, tmp_path / "halves", *more, epochs=1))
     train.main(["--resume", str(tmp_path / "halves"), "--epochs", "2"])
     whole, halves = (load_file(tmp_path / name / "lora.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
-    ahead = [line["max_ratio_error"] > 0 for line in metrics(tmp_path / "whole")]
-    assert ahead == [False, True]       # what is trained, of the average that draws
+    first, second = metrics(tmp_path / "whole")
+    assert first["max_ratio_error"] == 0 < second["max_ratio_error"]        # ahead of the average that draws
+    assert first["distance_to_old"] > 0 and first["distance_to_base"] > 0
 
 
 # One model that is a matrix: its gradient in closed form
