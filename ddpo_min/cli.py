@@ -42,15 +42,16 @@ METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 # What a number must be, in words and as a test, and the settings that this holds for
 RANGES = (
     ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
-     "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
+     "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel", "timesteps")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
-    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "keep_every", "vlm_retries",
+    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "kl_old", "eval_every", "keep_every", "vlm_retries",
      "batch")),
     ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
-     "guidance", "adam_eps", "inverse_temperature", "vlm_timeout")),
-    ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("eta", "timestep_fraction")),
-    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2")),
+     "guidance", "adam_eps", "inverse_temperature", "nft_beta", "vlm_timeout")),
+    ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("timestep_fraction", "awm_power")),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, ("eta",)),
+    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2", "ema")),
     ("a number between 0 and 1", lambda x: 0 < x < 1, ("percentile",)),
 )
 
@@ -199,9 +200,8 @@ def with_own_reward(settings, reward):
 
 def _usual_preset(weights, algorithm):
     """The preset of a model and an algorithm, if none is named."""
-    if not is_small(weights):
-        return "sd_lora"
-    return f"laptop_{algorithm}" if f"laptop_{algorithm}" in PRESETS else "laptop"
+    size = "laptop" if is_small(weights) else "sd_lora"
+    return f"{size}_{algorithm}" if f"{size}_{algorithm}" in PRESETS else size
 
 
 def _filled(given):
@@ -332,11 +332,19 @@ def _check_minibatches(s):
 
 def _check_algorithm(s):
     """What the algorithm, and the LoRA or the whole UNet, can be combined with."""
-    if s.regression and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
+    ddpo = not s.regression and not s.forward_process
+    if not ddpo and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
         raise InputError("--first-step, --last-step, --timestep-fraction: choose among denoising steps, which the ddpo "
                          f"algorithms train on and {s.algorithm} does not")
+    if ddpo and s.eta == 0:
+        raise InputError(f"--eta {s.eta}: expected a number above 0 and up to 1, because {s.algorithm} needs the "
+                         "probability of what was drawn")
+    if not s.forward_process and (s.ema or s.kl_old):
+        raise InputError("--ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
+    if s.algorithm == "ram" and not s.kl_weight:
+        raise InputError("--algorithm ram: its loss is a pull to the base model, --kl-weight, which must be above 0")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
-        raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+        raise InputError("--normalise group: needs --group-size 2 or more, and an algorithm with advantages, not rwr")
     if s.normalise == "epoch" and s.samples == 1:
         raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
                          "prompt, which compares with earlier epochs")
@@ -349,7 +357,7 @@ def _check_algorithm(s):
                          "sample.py --lora FILE --merge MODEL.safetensors and give that with --weights")
     if s.kl_weight and (s.trainable == "full" or s.regression):
         raise InputError("--kl-weight: needs --trainable lora, whose base model is there with the LoRA switched off, "
-                         "and a ddpo algorithm")
+                         "and an algorithm with advantages, not rwr")
 
 
 def _check_prompts(s):

@@ -33,15 +33,17 @@ class Learner:
     def load_state_dict(self, state):
         """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
         if (state.keys() != {"parameters", "alphas", "optimizer", "statistics"}
-                or state["optimizer"].keys() != {"state", "param_groups", "scaler"}):
+                or state["optimizer"].keys() != {"state", "param_groups", "scaler", "ahead"}):
             raise ValueError("parts are missing")
-        given, moments = state["parameters"], state["optimizer"]["state"]
-        if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
+        given, moments, ahead = state["parameters"], state["optimizer"]["state"], state["optimizer"]["ahead"]
+        if (given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given)))
+                or len(ahead) not in (0, len(given))):
             raise ValueError("it has other layers")
         if state["alphas"] != self.alphas:
             raise ValueError("its LoRA has other alphas")
         for i, (name, p) in enumerate(self.parameters.items()):
-            for tensor in (given[name], *(moments[i][key] for key in ("exp_avg", "exp_avg_sq") if i in moments)):
+            own = (moments[i][key] for key in ("exp_avg", "exp_avg_sq") if i in moments)
+            for tensor in (given[name], *own, *ahead[i:i + 1]):
                 if tensor.shape != p.shape or tensor.dtype != p.dtype:
                     raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(p.shape)}")
             if not given[name].isfinite().all():

@@ -1,5 +1,6 @@
-"""The optimizer: AdamW with the gradient's norm clipped, and the loss scaled up for float16."""
+"""The optimizer: AdamW with the gradient's norm clipped, the loss scaled up for float16, and the old policy."""
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -15,12 +16,16 @@ class Optimizer:
     """
 
     def __init__(self, parameters, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, grad_clip=1.0,
-                 scale_loss=False):
-        """parameters: list of float32 tensors; scale_loss: for float16. Raises InputError for float16 on mps."""
+                 scale_loss=False, ema=0.0):
+        """parameters: list of float32 tensors; scale_loss: for float16; ema: see epoch().
+
+        Raises InputError for float16 on mps.
+        """
         device = parameters[0].device.type
         if scale_loss and device == "mps":
             raise InputError("--dtype float16: torch scales no loss on mps; start with --dtype bfloat16 or float32")
-        self.parameters, self.grad_clip = parameters, grad_clip
+        self.parameters, self.grad_clip, self.ema = parameters, grad_clip, ema
+        self.old, self.ahead = [], []       # the old policy's weights in an epoch; with ema what was trained, after it
         fused = parameters[0].is_cuda or None       # the usual one needs a fifth copy of all that is trained
         self.rule = torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=fused)
         self.scaler = torch.amp.GradScaler(device, enabled=scale_loss)
@@ -45,9 +50,39 @@ class Optimizer:
         self.rule.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else None
 
+    @contextmanager
+    def epoch(self):
+        """Around the steps of an epoch whose losses look at the old policy, the one that drew the epoch's pictures.
+
+        With ema the policy is a moving average of what is trained: policy <- ema policy + (1 - ema) trained, after each
+        epoch; the trained weights wait for the next one. So the average draws, is evaluated and saved.
+        """
+        self.old = [p.detach().clone() for p in self.parameters]
+        for p, trained in zip(self.parameters, self.ahead):
+            p.data.copy_(trained)
+        yield
+        if self.ema:
+            self.ahead = [p.detach().clone() for p in self.parameters]
+            for p, old in zip(self.parameters, self.old):
+                p.data.lerp_(old, self.ema)
+        self.old = []
+
+    @contextmanager
+    def old_policy(self):
+        """Within the block the network is the old policy; nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self):
+        for p, old in zip(self.parameters, self.old):
+            p.data, old.data = old.data, p.data
+
     def state_dict(self):
-        """AdamW's state, and the scale."""
-        return {**self.rule.state_dict(), "scaler": self.scaler.state_dict()}
+        """AdamW's state, the scale, and with ema what was trained."""
+        return {**self.rule.state_dict(), "scaler": self.scaler.state_dict(), "ahead": [p.cpu() for p in self.ahead]}
 
     def load_state_dict(self, state):
         """Go on from state_dict(), which may come from another device."""
@@ -56,3 +91,4 @@ class Optimizer:
         groups = [{**group, "fused": self.rule.defaults["fused"]} for group in state["param_groups"]]
         self.rule.load_state_dict({"state": state["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
+        self.ahead = [trained.to(p.device) for p, trained in zip(self.parameters, state["ahead"])]

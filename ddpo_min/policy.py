@@ -67,7 +67,7 @@ class Policy:
         return ddim_step(x_t, eps, self.steps, i, x_prev=x_prev)[1], eps
 
     @torch.no_grad()
-    def base_eps(self, x_t, i, context):
-        """What the base model predicts at step i: the same with the LoRA switched off, and so without --init-lora."""
+    def base_eps(self, x_t, t, context):
+        """What the base model predicts: eps of training with the LoRA switched off, and so without --init-lora."""
         with switched_off(self.lora):
-            return self.eps(x_t, self.steps.t[i], context, self.training_guidance)
+            return self.eps(x_t, t, context, self.training_guidance)

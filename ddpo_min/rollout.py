@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .schedule import alphas_cumprod
 from .vae import decode_images
 
 
@@ -15,7 +16,7 @@ class Trajectories:
     """
     latents: torch.Tensor       # (rows, T+1, 4, h, w), from pure noise x_T to x_0; or (rows, 1, 4, h, w), x_0 alone;
                                 # float32 at least, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
-    log_p_old: torch.Tensor     # (rows, T), as training will see it; of images alone, as sampled
+    log_p_old: torch.Tensor     # (rows, T), as training will see it; of x_0 or images alone, as sampled
     contexts: torch.Tensor      # (P, 77, width): the embedding of each prompt, once
     context_index: torch.Tensor     # (N,) on the CPU: which of them is a sample's
     row: torch.Tensor           # (N,) on the CPU: the row of a sample; that of one drawn elsewhere has no meaning
@@ -34,6 +35,17 @@ class Trajectories:
         rows = self.row[samples]
         x_t, x_prev = (self.latents[rows, k].to(self.contexts.device) for k in (i, i + 1))
         return x_t, x_prev, self.log_p_old[rows, i], self.context(samples)
+
+    def noised(self, samples, t, seeds):
+        """Their finished latents, noised anew to timestep t[b] by the noise of seeds[b]: (x_t, t, eps, context).
+
+        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps    [DDPM Eq. 4]
+        """
+        x_0, t = self.x_0(samples), torch.as_tensor(t)
+        eps = sample_noise(seeds, 0, x_0.shape[1:])[:, 0].to(x_0)
+        alpha_bar_t = alphas_cumprod()[t].to(x_0)[:, None, None, None]
+        x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
+        return x_t, t.to(x_0.device), eps, self.context(samples)
 
 
 def sample_noise(seeds, steps, shape):
@@ -70,7 +82,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
         noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
         for i in range(T):
-            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep != "images")
+            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep == "path")
             path.append(x_prev)
             log_probs.append(log_p)
         latents.append(torch.stack(path if keep == "path" else path[-1:], dim=1).cpu())

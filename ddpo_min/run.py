@@ -17,7 +17,8 @@ from .progress import Progress
 from .weights import SHIPPED
 
 # What the line of an epoch shows of its metrics, where they are there
-SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
+SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("distance_to_base", "from base {:.1e}"),
+         ("distance_to_old", "from old {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
          ("max_ratio_error", "ratio error {:.0e}"))
 

@@ -18,7 +18,7 @@ class Settings:
     out: str = ""                   # folder of the run; empty: runs/REWARD, numbered if it exists
     # What is trained
     preset: str = ""                # a set of values, "list" prints all; empty: by --weights and --algorithm
-    algorithm: str = "ddpo_is"      # ddpo_is (clipped ratio), ddpo_sf (REINFORCE), rwr, rwr_sparse (weighted denoising)
+    algorithm: str = "ddpo_is"      # ddpo_is (clipped ratio), ddpo_sf (REINFORCE), awm, nft, ram, rwr, rwr_sparse
     trainable: str = "lora"         # lora, or full: the whole UNet [full]
     rank: int = 4                   # of the LoRA on the attention projections [code: 4]
     init_lora: str = ""             # LoRA file to start from, its layers and ranks; --kl-weight's base is without it
@@ -27,18 +27,24 @@ class Settings:
     steps: int = 8                  # denoising steps T [50]
     guidance: float = 1.0           # scale of classifier-free guidance; 1 is none [5.0]
     guidance_in_training: bool = True  # train with sampling's guidance; without it the paper's runs collapse [on]
-    eta: float = 1.0                # scale of DDIM's noise, in (0, 1] [code: 1.0]
+    eta: float = 1.0                # scale of DDIM's noise, 0 to 1; above 0 for ddpo_is and ddpo_sf [code: 1.0]
     # Learning
     updates: int = 4                # optimizer steps (minibatches) an epoch, each on an equal part of the samples [4]
     inner_epochs: int = 1           # passes over the same samples [1]
     batch: int = 64  # micro-batch: samples that go through the network together; auto (0): as many as fit, up to 64
     clip_range: float = 0.01        # the ratio is clipped to 1 +- this; see README, "What clip 1e-4 means" [1e-4]
     advantage_clip: float = 5.0     # advantages are clipped to +- this [code: 5 or 10]
-    step_weights: str = "even"      # even: each step's loss is divided by its w_t, see README; paper: all count 1
+    step_weights: str = "even"      # even: all timesteps pull alike, see README; paper: as in the algorithm's paper
     timestep_fraction: float = 0.5  # share of the denoising steps to train on, drawn anew for each minibatch [1]
     first_step: int = 1             # first denoising step to train on, from 1 (the noisiest) to T
     last_step: int = 0              # last denoising step to train on; 0 is T
-    kl_weight: float = 0.0          # adds this times each step's KL divergence from the base model; 0 is off [0]
+    kl_weight: float = 0.0          # adds this times the KL divergence (awm, nft, ram: distance) to the base model [0]
+    kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 1]
+    ema: float = 0.0                # awm, nft, ram: decay of the policy, a moving average [rising to: nft 0.5, ram 0.9]
+    timesteps: int = 2              # awm, nft, ram: timesteps that a picture is noised to in each pass [awm: 6, ram: 8]
+    grid_timesteps: bool = False    # awm, nft, ram: draw them from the sampler's timesteps alone [awm, nft: on]
+    awm_power: float = 1.0          # awm: power of the denoising error; below 1 large errors pull less [awm: 0.25]
+    nft_beta: float = 1.0           # nft: distance of its good and bad policy from the old one [nft: 1 or 0.1]
     inverse_temperature: float = 5.0  # beta of rwr, per unit of reward [0.2]
     percentile: float = 0.9         # rwr_sparse keeps the samples above this quantile of the reward [0.9]
     # Optimizer
@@ -84,8 +90,13 @@ class Settings:
 
     @property
     def regression(self):
-        """Whether the algorithm is weighted denoising (rwr, rwr_sparse) and not a policy gradient."""
+        """Whether the algorithm is weighted denoising (rwr, rwr_sparse), with weights instead of advantages."""
         return self.algorithm.startswith("rwr")
+
+    @property
+    def forward_process(self):
+        """Whether it is denoising weighted by the advantage (awm, nft, ram)."""
+        return self.algorithm in ("awm", "nft", "ram")
 
     def part(self, prefix):
         """The settings whose names start with prefix: {name without it: value}, like vlm_url -> url."""
@@ -101,15 +112,28 @@ PAPER = {**SD_LORA, "prompts": "imagenet_animals", "trainable": "full", "lr": 1e
 # 10,240 samples where the paper has 10,000, so that its 400 minibatches of 128 come out even
 PAPER_RWR = {**PAPER, "samples": 10_240, "updates": 80, "inner_epochs": 5, "epochs": 10}
 
+# What the authors' code has for Stable Diffusion 3.5: AWM's divides the advantages by 5, so its 0.003 and 1 are these
+SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, awm_power=0.25, clip_range=1.0, kl_weight=0.015,
+              kl_old=5.0)
+SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_weight=1e-4)
+SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
+LAPTOP_FORWARD = dict(epochs=5, lr=1e-3, timestep_fraction=1.0)
+
 # Regression learns to draw what it drew: few steps draw hazily, and every epoch would add haze to haze
 LAPTOP_RWR = dict(steps=32, epochs=4, inner_epochs=4, lr=2.5e-4, timestep_fraction=1.0)
 
 PRESETS = {
     "laptop": {},
     "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, timestep_fraction=1.0),
+    "laptop_awm": {**LAPTOP_FORWARD, "algorithm": "awm"},
+    "laptop_nft": {**LAPTOP_FORWARD, "algorithm": "nft"},
+    "laptop_ram": {**LAPTOP_FORWARD, "algorithm": "ram", "kl_weight": 0.01},
     "laptop_rwr": {**LAPTOP_RWR, "algorithm": "rwr"},
     "laptop_rwr_sparse": {**LAPTOP_RWR, "algorithm": "rwr_sparse", "percentile": 0.7},
     "sd_lora": SD_LORA,
+    "sd_lora_awm": {**SD_LORA, **SD_AWM},
+    "sd_lora_nft": {**SD_LORA, **SD_NFT},
+    "sd_lora_ram": {**SD_LORA, **SD_RAM},
     "sd_lora_compressibility": {**SD_LORA, "prompts": "imagenet_animals", "prompt_buffer": 16},
     "sd_lora_incompressibility": {**SD_LORA, "reward": "incompressible", "prompts": "imagenet_animals",
                                   "prompt_buffer": 16},
@@ -124,7 +148,8 @@ PRESETS = {
 # The rewards' scales differ: what a unit of reward is worth to the laptop's weighted regression
 LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=15.0))
 # What an algorithm needs that is chosen on top of a preset of another one
-ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1),
+ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), awm=dict(timestep_fraction=1.0),
+                  nft=dict(timestep_fraction=1.0), ram=dict(timestep_fraction=1.0, kl_weight=0.01),
                   **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0)))
 FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
 DTYPES = ("float32", "bfloat16", "float16")

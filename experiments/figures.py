@@ -212,6 +212,9 @@ def gradient_noise(rows):
         yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
                    f"{slope(T, seeds.mean(1)):.2f}")
     panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
+    for run in runs_of([row for row in rows if row["run"].startswith("awm")]):
+        own = np.array([row["signal_to_noise"] for row in rows if row["run"] == run and row["batch"] == 64])
+        yield line(run, plus_minus(own, 3, sign=False))
     for run in runs_of([row for row in rows if "after" in row["run"]]):
         own = column(rows, run, "cosine")[:, 0]
         yield line(run, plus_minus(own, 3, sign=False))

@@ -24,6 +24,7 @@ from ddpo_min import cli
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
+from ddpo_min.forward_process import forward_process_update
 from ddpo_min.plan import Plan
 from ddpo_min.weights import load_stable_diffusion
 
@@ -120,6 +121,8 @@ def fake_rows(name):
         for kind in ("even", "paper"):
             rows += [dict(run=kind, seed=s, T=T, batch=b, signal=2.0, noise=100 / b * T, measured_noise=100 / b * T,
                           signal_to_noise=2.0 * b / 100 / T) for s in range(3) for T in (4, 8, 16) for b in (8, 64)]
+        rows += [dict(run="awm, 2 timesteps", seed=s, T=8, batch=b, signal_to_noise=b * (s + 1)) for s in range(3)
+                 for b in (8, 64)]
         return rows + [dict(run="after a step: IS", seed=s, T=8, cosine=0.5 + s / 10) for s in range(3)]
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
@@ -160,6 +163,7 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
     assert tables["overoptimisation"][0] == "| KL weight 0 | -2.80 | 2.00 | 0.86 | -2.80 | 2.00 | 0.86 | 2 |"
     assert tables["gradient_noise"] == ["| `--step-weights even` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
+                                        "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| after a step: IS | 0.600 ± 0.058 |"]
     assert tables["scaling"][3] == "| 512 | 8 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
@@ -234,6 +238,19 @@ def test_the_gradient_of_groups_is_the_updates(tiny_file, monkeypatch):
         ours = found[loss, "ours"].mean(0) / 3
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()
         assert (found[loss, "even"].mean(0) / 3 - theirs).norm() > 0.1 * theirs.norm()
+
+
+def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):
+    monkeypatch.setattr(gradient_noise, "MINIBATCH", 8)
+    policy, parameters = random_lora_policy(tiny_file, 1.0, 3)
+    trajectories, A = gradient_noise.draw(policy, 0, 0, 16)
+    found = gradient_noise.matching_gradients(policy, parameters, trajectories, A, 3, np.random.default_rng(1))
+    before = torch.cat([p.detach().flatten() for p in parameters])
+    forward_process_update(policy, plain_descent(parameters), trajectories, A, np.random.default_rng(1),
+                           plan=Plan(16, 1, 8), algorithm="awm", timesteps=3, grid=False, step_weights="even",
+                           clip_range=0.1, power=1.0, beta=1.0, advantage_clip=5.0)
+    theirs = before - torch.cat([p.detach().flatten() for p in parameters])
+    assert (found.mean(0) / 3 - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_guided_sampler_follows_the_gradient_of_the_reward(tiny_file, monkeypatch):

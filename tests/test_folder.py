@@ -409,6 +409,9 @@ BAD_STATES = {
     "moments of one element": lambda state: state["optimizer"]["state"][2].update(exp_avg=torch.ones(1, 1)),
     "moments missing": lambda state: state["optimizer"]["state"][2].pop("exp_avg_sq"),
     "moments of a layer more": lambda state: state["optimizer"]["state"].update({999: {}}),
+    "an average of fewer": lambda state: state["optimizer"].update(ahead=list(state["parameters"].values())[:-1]),
+    "an average of one element": lambda state: state["optimizer"].update(
+        ahead=[torch.ones(1) for _ in state["parameters"]]),
     "another alpha": lambda state: state["alphas"].update({next(iter(state["alphas"])): 7.0}),
 }
 
