@@ -56,8 +56,7 @@ def train(settings, reward=None):
     model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
     print(f"  {model.report}, on {device}")
     scorer = make_scorer(settings.reward, settings.watch, model, device, own=reward, prompts=prompts_to_train,
-                         small=is_small(settings.weights), vlm=settings.part("vlm_"), clip=dict(
-                             model=settings.clip_model, weights=settings.clip_weights, head=settings.aesthetic_head))
+                         small=is_small(settings.weights), **settings.reward_models)
     learner = Learner(model, trainable=settings.trainable, rank=settings.rank, init_lora=run.init_lora,
                       statistics=PromptStatistics(settings.prompt_buffer, settings.prompt_minimum), seed=settings.seed,
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,

@@ -289,8 +289,7 @@ def check_settings(s, own_reward=False):
     _check_prompts(s)
     if not s.reward and not own_reward:
         raise InputError("--reward: empty; expected a reward's name, such as jpeg")
-    check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), vlm=s.part("vlm_"),
-                  clip=dict(model=s.clip_model, weights=s.clip_weights, head=s.aesthetic_head))
+    check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), **s.reward_models)
 
 
 def _check_types(values):

@@ -38,7 +38,10 @@ def incompressible(images, prompts):
 
 
 REWARDS = dict(jpeg=jpeg, incompressible=incompressible)
-WITH_NETWORKS = ("aesthetic", "clip", "vlm")       # made by clip_rewards.py and vlm.py
+WITH_NETWORKS = ("aesthetic", "clip", "hps", "pickscore", "vlm")       # see scorer.find_reward()
+# Rewards that cannot be had by name, and what to do instead
+ELSEWHERE = {"imagereward": "its network is a BLIP, which none of the packages used here has; install image-reward and "
+                            "give it as a function of your own, see docs/rewards.md"}
 LARGEST = 1e300     # of a reward: the sum over an epoch must be a float64, too
 
 
@@ -76,6 +79,8 @@ def _module_of_file(path):
 
 def find_own(name, flag="--reward"):
     """A user's reward: "my_rewards.py:red" or "package.module:function". Raises InputError if it is not there."""
+    if name in ELSEWHERE:
+        raise InputError(f"{flag} {name}: {ELSEWHERE[name]}")
     where, _, function = name.rpartition(":")
     if not where:
         raise InputError(f"{flag} {name}: unknown; expected one of {', '.join([*REWARDS, *WITH_NETWORKS])}, or your "

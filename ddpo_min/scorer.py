@@ -4,7 +4,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import numpy as np
 from tqdm import tqdm
 
-from . import clip_rewards
+from . import clip_rewards, preference_rewards
 from .files import InputError
 from .processes import gather
 from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
@@ -33,12 +33,12 @@ def parse_rewards(text, flag="--reward"):
     return weights
 
 
-def check_rewards(reward, watch, *, small, clip, vlm):
+def check_rewards(reward, watch, *, small, clip, files, vlm):
     """The rewards that are asked for: ({name: weight} of the sum, [names to score, the watched ones too]).
 
     reward: as parse_rewards() takes it, "" for a function that is passed in; watch: names with commas between; small:
-    whether the model is of the shipped one's kind; clip, vlm: keywords of clip_rewards.check() and vlm.check().
-    Raises InputError for what could not work, before anything slow starts.
+    whether the model is of the shipped one's kind; clip, vlm: keywords of clip_rewards.check() and vlm.check(); files:
+    see preference_rewards.check(). Raises InputError for what could not work, before anything slow starts.
     """
     weights = parse_rewards(reward) if reward else {}
     watched = parse_rewards(watch, "--watch") if watch else {}
@@ -46,6 +46,7 @@ def check_rewards(reward, watch, *, small, clip, vlm):
         raise InputError(f"--watch {watch}: weights have no meaning there; expected NAME,NAME")
     names = list(dict.fromkeys([*weights, *watched]))
     clip_rewards.check(names, small=small, **clip)
+    preference_rewards.check(names, files)
     if "vlm" in names:
         check_vlm(**{name: vlm[name] for name in ("url", "model", "reference", "encoder", "api_key_env")})
     return weights, names
@@ -146,24 +147,25 @@ class Scorer:
         self.pending, self.missing = [], {}
 
 
-def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):
+def make_scorer(reward, watch, model, device, *, prompts, own=None, **made_of):
     """The Scorer of the rewards that are asked for; prints what the ones with networks of their own are made of.
 
     prompts: those trained on; own: a function (images, prompts) -> numbers, to train on in place of `reward`, which is
-    then its name only; the rest as of check_rewards().
+    then its name only; made_of: the keywords of check_rewards().
     """
-    weights, names = check_rewards("" if own else reward, watch, small=small, clip=clip, vlm=vlm)
-    functions = {name: find_reward(name, model, device, prompts=prompts, small=small, clip=clip, vlm=vlm)
-                 for name in names}
+    weights, names = check_rewards("" if own else reward, watch, **made_of)
+    functions = {name: find_reward(name, model, device, prompts=prompts, **made_of) for name in names}
     if own:
         weights, functions = {reward: 1.0}, {reward: own, **functions}
     return Scorer(weights, functions, total=reward)
 
 
-def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, vlm=None):
+def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, files=None, vlm=None):
     """The reward function of one name; the keywords are for those with networks of their own, see check_rewards()."""
     if name in ("aesthetic", "clip"):
         return getattr(clip_rewards, name)(device, small=small, **clip or {})
+    if name in preference_rewards.FILES:
+        return preference_rewards.preference(name, device, (files or {}).get(name, ""))
     if name == "vlm":
         return alignment(model.text_encoder, prompts, **vlm)
     return REWARDS.get(name) or find_own(name)

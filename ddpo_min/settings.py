@@ -10,7 +10,7 @@ class Settings:
     """Defaults: the laptop preset, for the model in weights/. In brackets: the paper's value for DDPO_IS on Stable
     Diffusion 1.4, or that of its authors' code where the text gives none (marked "code")."""
     # Most often changed
-    reward: str = "jpeg"            # jpeg, incompressible, aesthetic, clip, vlm, FILE.py:FUNCTION; a sum: clip=9,jpeg=1
+    reward: str = "jpeg"  # jpeg, incompressible, aesthetic, clip, hps, pickscore, vlm, FILE.py:NAME; sum: clip=9,jpeg=1
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
     weights: str = ""               # Stable Diffusion 1.x or 2.x: a file, diffusers folder or Hub name; empty: shipped
     epochs: int = 8                 # how often to sample, score and train [code: 100]
@@ -62,6 +62,8 @@ class Settings:
     clip_model: str = ""            # open_clip's name, for aesthetic and clip; empty: by --weights [ViT-L-14-quickgelu]
     clip_weights: str = ""          # its file, or a tag that open_clip can fetch
     aesthetic_head: str = ""        # file of the aesthetic head; empty: the shipped one, or LAION's, fetched once
+    hps_weights: str = ""           # file of HPS v2.1; empty: HPS_v2.1_compressed.pt, fetched once (2 GB)
+    pickscore_weights: str = ""     # file of PickScore; empty: PickScore_v1's model.safetensors, fetched once (4 GB)
     vlm_url: str = "http://localhost:8000/v1"  # an OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp, LM Studio
     vlm_model: str = ""             # name of the vision-language model on that server [LLaVA]
     vlm_question: str = "Answer concisely: what is going on in this image?"  # what it is asked [code: the same]
@@ -86,6 +88,12 @@ class Settings:
     def regression(self):
         """Whether the algorithm is weighted denoising (rwr, rwr_sparse) and not a policy gradient."""
         return self.algorithm.startswith("rwr")
+
+    @property
+    def reward_models(self):
+        """What the rewards with networks are made of: keywords of make_scorer() and check_rewards()."""
+        return dict(clip=dict(model=self.clip_model, weights=self.clip_weights, head=self.aesthetic_head),
+                    files=dict(hps=self.hps_weights, pickscore=self.pickscore_weights), vlm=self.part("vlm_"))
 
     def part(self, prefix):
         """The settings whose names start with prefix: {name without it: value}, like vlm_url -> url."""
