@@ -74,7 +74,7 @@ def train(settings, reward=None):
                 fraction=settings.timestep_fraction, progress=run.progress, rank=rank(), processes=count())
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
                                micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
-    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
+    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics, scorer)
 
     with run.epochs(learner, evaluation) as epochs:
         for epoch in epochs:
@@ -90,7 +90,7 @@ def train(settings, reward=None):
     return run
 
 
-def choose_algorithm(s, plan, steps, statistics):
+def choose_algorithm(s, plan, steps, statistics, scorer):
     """The parts in which algorithms differ: (weigh, update, keep).
 
     weigh: (prompts, rewards) -> advantages, or the weights of the samples for regression; update: trains on them; keep:
@@ -101,8 +101,8 @@ def choose_algorithm(s, plan, steps, statistics):
         weigh = (partial(rwr_weights, beta=s.inverse_temperature, per_prompt=per_prompt) if s.algorithm == "rwr" else
                  partial(rwr_sparse_weights, percentile=s.percentile, per_prompt=per_prompt))
         return weigh, partial(rwr_update, plan=plan), "x_0"
-    weigh = partial(clipped_advantages, normalise=s.normalise, clip=s.advantage_clip, group_size=s.group_size,
-                    statistics=statistics)
+    weigh = partial(scorer.weigh_each if s.normalise_each else clipped_advantages, normalise=s.normalise,
+                    clip=s.advantage_clip, group_size=s.group_size, statistics=statistics)
     emphasis = even_emphasis(steps) if s.step_weights == "even" else [1.0] * len(steps)
     clip_range = dict(ddpo_is=s.clip_range, ddpo_sf=None)[s.algorithm]
     update = partial(ddpo_update, plan=plan, clip_range=clip_range, emphasis=emphasis, kl_weight=s.kl_weight)

@@ -289,6 +289,8 @@ def check_settings(s, own_reward=False):
     _check_prompts(s)
     if not s.reward and not own_reward:
         raise InputError("--reward: empty; expected a reward's name, such as jpeg")
+    if s.normalise_each and "," not in s.reward and not own_reward:
+        raise InputError("--normalise-each: needs a sum of rewards, such as --reward hps=1,aesthetic=1")
     check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), **s.reward_models)
 
 
@@ -336,6 +338,8 @@ def _check_algorithm(s):
                          f"algorithms train on and {s.algorithm} does not")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+    if s.normalise_each and s.regression:
+        raise InputError("--normalise-each: needs a ddpo algorithm, which has advantages")
     if s.normalise == "epoch" and s.samples == 1:
         raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
                          "prompt, which compares with earlier epochs")

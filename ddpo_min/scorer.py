@@ -5,6 +5,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import clip_rewards, preference_rewards
+from .advantages import clipped_advantages
 from .files import InputError
 from .processes import gather
 from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
@@ -67,6 +68,7 @@ class Scorer:
         self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
                       if name not in REWARDS and name not in WITH_NETWORKS}
         self.pending = []       # (number of its first sample, the future scores) of each micro-batch
+        self.parts = {}         # {name: scores (N,)} of the sum's parts, of what was collected last
         self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 
     def add(self, images, prompts, first):
@@ -116,8 +118,20 @@ class Scorer:
         for name in missing.keys() - self.reported:
             tqdm.write(f"{missing[name]}; it is only watched: the run goes on, without it where it fails")
         self.reported |= missing.keys()
+        self.parts = {name: scores[name] for name in self.weights}
         rewards = sum(weight * scores[name] for name, weight in self.weights.items())
         return rewards, {name: own for name, own in scores.items() if name != self.total}
+
+    def weigh_each(self, prompts, rewards, *, clip, **how):
+        """The advantages of what was collected last, each part of the sum by itself: its weight counts, not its scale.
+
+        A = sum_k w_k A_k, cut at +-clip; A_k: of part k alone, as in clipped_advantages(), uncut.
+        prompts: list of N str; rewards: the sum, which plays no part; how: the other keywords of clipped_advantages(),
+        whose `statistics` then keep the rewards of each (part, prompt). Returns float64 (N,).
+        """
+        own = {name: clipped_advantages([(name, prompt) for prompt in prompts], scores, clip=np.inf, **how)
+               for name, scores in self.parts.items()}
+        return sum(self.weights[name] * advantages for name, advantages in own.items()).clip(-clip, clip)
 
     def results(self):
         """Wait for everything added: ([(first, {name: scores})] of micro-batches, {watched reward: why it failed})."""

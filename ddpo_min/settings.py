@@ -49,6 +49,7 @@ class Settings:
     grad_clip: float = 1.0          # largest norm of the gradient [1.0]
     # Normalisation of the reward
     normalise: str = "prompt"       # compare with the prompt's latest rewards; group: its group; epoch: all [prompt]
+    normalise_each: bool = False    # each part of a sum of rewards by itself, then the weighted sum: no scale matters
     group_size: int = 1             # samples of an epoch that share a prompt; 2 or more for --normalise group
     prompt_buffer: int = 16         # latest rewards of a prompt that count [code: 16 or 32]
     prompt_minimum: int = 8         # with fewer than these, the epoch's mean and deviation are used [code: 16]
