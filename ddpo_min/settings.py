@@ -58,6 +58,7 @@ class Settings:
     eval_samples: int = 180         # pictures of an evaluation, on held-out seeds
     eval_prompts: str = ""          # prompts to evaluate on instead of --prompts, without those trained on
     eval_every: int = 0             # epochs between evaluations, the best of which is kept; 0: before and after only
+    stop_when: str = ""             # end below a bound, at an evaluation: "clip<0.7"; the last LoRA above it is kept
     show_every: int = 1             # epochs between two rows of samples.png, and two frames of samples.webp
     # Reward models
     clip_model: str = ""            # open_clip's name, for aesthetic and clip; empty: by --weights [ViT-L-14-quickgelu]

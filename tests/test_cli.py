@@ -368,8 +368,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url, --watch may "
-                                 "change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --stop-when, --vlm-url, "
+                                 "--watch may change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
