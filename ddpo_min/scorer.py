@@ -8,7 +8,7 @@ from . import clip_rewards, preference_rewards
 from .advantages import clipped_advantages
 from .files import InputError
 from .processes import gather
-from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
+from .rewards import REWARDS, WITH_NETWORKS, adapt, find_own, fingerprint, score
 from .vlm import alignment
 from .vlm import check as check_vlm
 
@@ -170,7 +170,7 @@ def make_scorer(reward, watch, model, device, *, prompts, own=None, **made_of):
     weights, names = check_rewards("" if own else reward, watch, **made_of)
     functions = {name: find_reward(name, model, device, prompts=prompts, **made_of) for name in names}
     if own:
-        weights, functions = {reward: 1.0}, {reward: own, **functions}
+        weights, functions = {reward: 1.0}, {reward: adapt(own, reward, device), **functions}
     return Scorer(weights, functions, total=reward)
 
 
@@ -182,4 +182,4 @@ def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=
         return preference_rewards.preference(name, device, (files or {}).get(name, ""))
     if name == "vlm":
         return alignment(model.text_encoder, prompts, **vlm)
-    return REWARDS.get(name) or find_own(name)
+    return REWARDS.get(name) or adapt(find_own(name), name, device)
