@@ -113,6 +113,15 @@ def test_a_preference_reward_is_the_published_formula(tiny, tmp_path, height, wi
         assert scores.dtype == np.float32 and scores.shape == (3,)
 
 
+def test_half_precision_as_on_a_gpu_is_near(tiny, tmp_path):
+    for name, make in (("hps", hps_file), ("pickscore", pickscore_file)):
+        reward = find_reward(name, files={name: make(tmp_path)[0]})
+        exact = reward(pictures(40, 40), PROMPTS)
+        reward.dtype = torch.float16
+        reward.model.to(reward.dtype)
+        assert 0 < np.abs(reward(pictures(40, 40), PROMPTS) - exact).max() < 0.01 * np.abs(exact).max()
+
+
 def test_each_reward_reads_both_sets_of_names(tiny, tmp_path):
     """PickScore under OpenCLIP's names, pickled; HPS under transformers', in safetensors."""
     path, _ = pickscore_file(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from conftest import ROOT
 from ddpo_min import scorer
 from ddpo_min.advantages import PromptStatistics, clipped_advantages
 from ddpo_min.files import InputError
@@ -100,11 +101,12 @@ def test_an_update_gets_the_advantages_of_the_sum_or_the_sum_of_the_advantages(t
     assert np.abs(got[0] - (sum(expected) if each else (total - total.mean()) / total.std())).max() < 1e-9
 
 
-def test_a_resumed_run_has_each_parts_statistics(tiny_file, tmp_path):
-    more = ["--reward", "jpeg=1,incompressible=0.5", "--normalise-each"]
+def test_a_resumed_run_has_each_parts_statistics(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)         # what is watched has no statistics
+    more = ["--reward", "jpeg=1,incompressible=0.5", "--normalise-each", "--watch", "weights/rater.py:rule"]
     train.main(arguments(tiny_file, tmp_path / "whole", *more))
     train.main(arguments(tiny_file, tmp_path / "halves", *more, epochs=2))
-    train.main(["--resume", str(tmp_path / "halves"), "--epochs", "4"])
+    train.main(["--resume", str(tmp_path / "halves"), "--epochs", "4", "--watch", "weights/rater.py:rule"])
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
     kept = torch.load(tmp_path / "halves" / "state.pt", weights_only=True)["learner"]["statistics"]
     assert {part for part, _ in kept} == {"jpeg", "incompressible"}
