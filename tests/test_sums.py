@@ -61,14 +61,16 @@ def test_the_raw_sum_follows_the_large_part_and_normalise_each_both(how):
     assert correlation(each, large) > 0.6 and correlation(each, small) > 0.6
 
 
-def test_the_weights_count_and_the_sum_is_cut_not_its_parts():
+@pytest.mark.parametrize("weights, clip", [({"small": 3.0, "large": -0.5}, 11), ({"small": 0.5, "large": -0.5}, 3)])
+def test_the_weights_count_and_the_sum_is_cut_not_its_parts(weights, clip):
+    """One reward is far out: of the first sum it is cut, of the second its part alone would be."""
     given = parts(1)
-    given["small"][0] = 100         # far out: its own advantage is above the clip
+    given["small"][0] = 100
     small, large = scored(given["small"]), scored(given["large"])
-    weights, how = {"small": 3.0, "large": -0.5}, dict(normalise="prompt", statistics=PromptStatistics(16, 8))
-    assert 3 * small[0] - 0.5 * large[0] > 11 > 3 * 2
-    each = weigh_each(given, weights, clip=11, **how)
-    assert np.abs(each - (3 * small - 0.5 * large).clip(-11, 11)).max() < 1e-9 and each[0] == 11
+    total = weights["small"] * small + weights["large"] * large
+    assert (total[0] > 11) if clip == 11 else (small[0] > 3 > total[0])
+    each = weigh_each(given, weights, clip=clip, normalise="prompt", statistics=PromptStatistics(16, 8))
+    assert np.abs(each - total.clip(-clip, clip)).max() < 1e-9
 
 
 def test_each_part_has_its_own_statistics_over_the_epochs_and_they_are_kept():
