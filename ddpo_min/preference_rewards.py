@@ -55,7 +55,7 @@ def read(name, file):
     try:
         path = fetch(file or FILES[name])
     except InputError as error:
-        raise InputError(f"--reward {name}: {error}; --{name}-weights takes {FILES[name].partition(':')[2]} as a file")
+        raise InputError(f"reward {name}: {error}; --{name}-weights takes {FILES[name].partition(':')[2]} as a file")
     if not path.is_file():
         raise InputError(f"--{name}-weights {path}: no such file; expected {FILES[name]} of the Hugging Face Hub")
     try:

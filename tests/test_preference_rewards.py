@@ -191,7 +191,7 @@ def test_without_a_file_it_is_fetched_from_its_authors_and_without_a_network_sai
     monkeypatch.chdir(tmp_path)
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="--reward hps: xswu/HPSv2: .*cannot be reached.*--hps-weights takes "
+    with pytest.raises(InputError, match="^reward hps: xswu/HPSv2: .*cannot be reached.*--hps-weights takes "
                                          "HPS_v2.1_compressed.pt as a file"):
         train.main(["--watch", "hps"])
 
