@@ -54,8 +54,7 @@ def train(settings, reward=None):
     model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
     print(f"  {model.report}, on {device}")
     scorer = make_scorer(settings.reward, settings.watch, model, device, own=reward, prompts=prompts_to_train,
-                         small=is_small(settings.weights), vlm=settings.part("vlm_"), clip=dict(
-                             model=settings.clip_model, weights=settings.clip_weights, head=settings.aesthetic_head))
+                         small=is_small(settings.weights), **settings.reward_models)
     learner = Learner(model, trainable=settings.trainable, rank=settings.rank, init_lora=run.init_lora,
                       statistics=PromptStatistics(settings.prompt_buffer, settings.prompt_minimum), seed=settings.seed,
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
@@ -73,7 +72,7 @@ def train(settings, reward=None):
                 fraction=settings.timestep_fraction, progress=run.progress, rank=rank(), processes=count())
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
                                micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
-    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
+    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics, scorer)
 
     with run.epochs(learner, evaluation) as epochs:
         for epoch in epochs:
@@ -89,7 +88,7 @@ def train(settings, reward=None):
     return run
 
 
-def choose_algorithm(s, plan, steps, statistics):
+def choose_algorithm(s, plan, steps, statistics, scorer):
     """The parts in which algorithms differ: (weigh, update, keep).
 
     weigh: (prompts, rewards) -> advantages (rwr: weights of the samples); update: trains on them; keep: what is kept of
@@ -99,8 +98,8 @@ def choose_algorithm(s, plan, steps, statistics):
         weigh = (partial(rwr_weights, beta=s.inverse_temperature) if s.algorithm == "rwr" else
                  partial(rwr_sparse_weights, percentile=s.percentile))
         return partial(weigh, per_prompt=s.normalise == "prompt"), partial(rwr_update, plan=plan), "x_0"
-    weigh = partial(clipped_advantages, normalise=s.normalise, clip=s.advantage_clip, group_size=s.group_size,
-                    statistics=statistics)
+    weigh = partial(scorer.weigh_each if s.normalise_each else clipped_advantages, normalise=s.normalise,
+                    clip=s.advantage_clip, group_size=s.group_size, statistics=statistics)
     if s.forward_process:   # awm, nft, ram
         update = partial(forward_process_update, plan=plan, algorithm=s.algorithm, timesteps=s.timesteps,
                          grid=s.grid_timesteps, step_weights=s.step_weights, clip_range=s.clip_range, power=s.awm_power,

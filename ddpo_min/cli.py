@@ -9,7 +9,9 @@ import json
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
+from math import inf, isfinite
 from os import PathLike
 from pathlib import Path
 
@@ -34,7 +36,8 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "vlm_url"}  # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "stop_when",
+             "vlm_url"}        # what --resume may change
 # Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
 GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
@@ -289,8 +292,32 @@ def check_settings(s, own_reward=False):
     _check_prompts(s)
     if not s.reward and not own_reward:
         raise InputError("--reward: empty; expected a reward's name, such as jpeg")
-    check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), vlm=s.part("vlm_"),
-                  clip=dict(model=s.clip_model, weights=s.clip_weights, head=s.aesthetic_head))
+    if s.normalise_each and "," not in s.reward and not own_reward:
+        raise InputError("--normalise-each: needs a sum of rewards, such as --reward hps=1,aesthetic=1")
+    scored = check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), **s.reward_models)
+    if s.stop_when:
+        _check_stop(s, None if own_reward else {s.reward, *scored[1]})
+
+
+def stop_bound(s):
+    """What --stop-when says: (the name of a reward, its bound); ("", -inf) if nothing. Raises InputError."""
+    if not s.stop_when:
+        return "", -inf
+    name, _, bound = (piece.strip() for piece in s.stop_when.rpartition("<"))
+    with suppress(ValueError):
+        if name and isfinite(float(bound)):
+            return name, float(bound)
+    raise InputError(f'--stop-when {s.stop_when}: expected the name of a reward, < and a number: "clip<0.7"')
+
+
+def _check_stop(s, names):
+    """Whether --stop-when names one of these rewards (None: not known yet), and looks at anything."""
+    name, _ = stop_bound(s)
+    if names and name not in names:
+        raise InputError(f"--stop-when {s.stop_when}: {name} is neither trained on nor watched; add --watch {name}")
+    if not s.eval_every:
+        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; add --eval-every 1, or "
+                         "another number of epochs")
 
 
 def _check_types(values):
@@ -345,6 +372,8 @@ def _check_algorithm(s):
         raise InputError("--algorithm ram: its loss is a pull to the base model, --kl-weight, which must be above 0")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
         raise InputError("--normalise group: needs --group-size 2 or more, and an algorithm with advantages, not rwr")
+    if s.normalise_each and s.regression:
+        raise InputError("--normalise-each: needs an algorithm with advantages, not rwr")
     if s.normalise == "epoch" and s.samples == 1:
         raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
                          "prompt, which compares with earlier epochs")

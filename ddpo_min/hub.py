@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .files import InputError, first_line
 
-HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.safetensors))?")
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.(?:safetensors|pt)))?")
 
 # The networks of a diffusers folder: our name, folder, file name without its extension
 PARTS = (("unet", "unet", "diffusion_pytorch_model"), ("vae", "vae", "diffusion_pytorch_model"),
@@ -24,8 +24,8 @@ MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusi
 def fetch(path):
     """The local path of a model: `path` itself, or where it is in the cache after the download from the Hub.
 
-    path: a file or folder, OWNER/REPO:FILE.safetensors, or OWNER/REPO, a diffusers folder, of which only the files that
-    are read are downloaded. A path that cannot be a name on the Hub is returned as it is. Raises InputError.
+    path: a file or folder, OWNER/REPO:FILE (.safetensors or .pt), or OWNER/REPO, a diffusers folder, of which only the
+    files that are read are downloaded. A path that cannot be a name on the Hub is returned as it is. Raises InputError.
     """
     match = HUB_ID.fullmatch(str(path))
     if Path(path).exists() or not match or match[1].endswith((".safetensors", ".ckpt")):

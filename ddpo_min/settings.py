@@ -10,7 +10,7 @@ class Settings:
     """Defaults: the laptop preset, for the model in weights/. In brackets: the paper's value for DDPO_IS on Stable
     Diffusion 1.4, or that of its authors' code where the text gives none (marked "code")."""
     # Most often changed
-    reward: str = "jpeg"            # jpeg, incompressible, aesthetic, clip, vlm, FILE.py:FUNCTION; a sum: clip=9,jpeg=1
+    reward: str = "jpeg"  # jpeg, incompressible, aesthetic, clip, hps, pickscore, vlm, FILE.py:NAME; sum: clip=9,jpeg=1
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
     weights: str = ""               # Stable Diffusion 1.x or 2.x: a file, diffusers folder or Hub name; empty: shipped
     epochs: int = 8                 # how often to sample, score and train [code: 100]
@@ -55,6 +55,7 @@ class Settings:
     grad_clip: float = 1.0          # largest norm of the gradient [1.0]
     # Normalisation of the reward
     normalise: str = "prompt"       # compare with the prompt's latest rewards; group: its group; epoch: all [prompt]
+    normalise_each: bool = False    # each part of a sum of rewards by itself, then the weighted sum: no scale matters
     group_size: int = 1             # samples of an epoch that share a prompt; 2 or more for --normalise group
     prompt_buffer: int = 16         # latest rewards of a prompt that count [code: 16 or 32]
     prompt_minimum: int = 8         # with fewer than these, the epoch's mean and deviation are used [code: 16]
@@ -63,11 +64,14 @@ class Settings:
     eval_samples: int = 180         # pictures of an evaluation, on held-out seeds
     eval_prompts: str = ""          # prompts to evaluate on instead of --prompts, without those trained on
     eval_every: int = 0             # epochs between evaluations, the best of which is kept; 0: before and after only
+    stop_when: str = ""             # end below a bound, at an evaluation: "clip<0.7"; the last LoRA above it is kept
     show_every: int = 1             # epochs between two rows of samples.png, and two frames of samples.webp
     # Reward models
     clip_model: str = ""            # open_clip's name, for aesthetic and clip; empty: by --weights [ViT-L-14-quickgelu]
     clip_weights: str = ""          # its file, or a tag that open_clip can fetch
     aesthetic_head: str = ""        # file of the aesthetic head; empty: the shipped one, or LAION's, fetched once
+    hps_weights: str = ""           # file of HPS v2.1; empty: HPS_v2.1_compressed.pt, fetched once (2 GB)
+    pickscore_weights: str = ""     # file of PickScore; empty: PickScore_v1's model.safetensors, fetched once (4 GB)
     vlm_url: str = "http://localhost:8000/v1"  # an OpenAI-compatible server: vLLM, SGLang, Ollama, llama.cpp, LM Studio
     vlm_model: str = ""             # name of the vision-language model on that server [LLaVA]
     vlm_question: str = "Answer concisely: what is going on in this image?"  # what it is asked [code: the same]
@@ -97,6 +101,12 @@ class Settings:
     def forward_process(self):
         """Whether it is denoising weighted by the advantage (awm, nft, ram)."""
         return self.algorithm in ("awm", "nft", "ram")
+
+    @property
+    def reward_models(self):
+        """What the rewards with networks are made of: keywords of make_scorer() and check_rewards()."""
+        return dict(clip=dict(model=self.clip_model, weights=self.clip_weights, head=self.aesthetic_head),
+                    files=dict(hps=self.hps_weights, pickscore=self.pickscore_weights), vlm=self.part("vlm_"))
 
     def part(self, prefix):
         """The settings whose names start with prefix: {name without it: value}, like vlm_url -> url."""

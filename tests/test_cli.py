@@ -347,9 +347,11 @@ def test_a_reward_of_ones_own_needs_no_name_but_all_else_is_checked():
 def test_the_rewards_are_checked_with_what_they_will_be_made_from(monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "check_rewards", lambda *args, **named: asked.append((args, named)))
-    s = make_settings(reward="clip", watch="vlm", clip_model="RN50", clip_weights="cc12m", aesthetic_head="h.pth")
+    s = make_settings(reward="clip", watch="vlm", clip_model="RN50", clip_weights="cc12m", aesthetic_head="h.pth",
+                      hps_weights="h.pt")
     check_settings(replace(s, weights=LARGE))
-    named = dict(clip=dict(model="RN50", weights="cc12m", head="h.pth"), vlm=s.part("vlm_"))
+    named = dict(clip=dict(model="RN50", weights="cc12m", head="h.pth"), vlm=s.part("vlm_"),
+                 files=dict(hps="h.pt", pickscore=""))
     assert asked == [(("", "vlm"), dict(small=True, **named)), (("clip", "vlm"), dict(small=False, **named))]
 
 
@@ -383,8 +385,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url, --watch may "
-                                 "change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --stop-when, --vlm-url, "
+                                 "--watch may change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):

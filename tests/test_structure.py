@@ -8,7 +8,7 @@ from conftest import ROOT
 FLOORS = [
     "schedule ddim layers layout settings files processes device",
     "lora weights checkpoint interchange hub unet vae text prompts chat",
-    "policy rollout plan advantages losses rewards clip_rewards vlm",
+    "policy rollout plan advantages losses rewards clip_rewards preference_rewards vlm",
     "ddpo forward_process rwr metrics optimizer learner scorer evaluation memory",
     "cli run folder progress figures bench",
     "train sample",
