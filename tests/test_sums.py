@@ -116,7 +116,7 @@ def test_a_resumed_run_has_each_parts_statistics(tiny_file, tmp_path, monkeypatc
 
 def test_what_it_cannot_be_used_with_is_one_line(tiny_file, tmp_path):
     for wrong, named in ((["--reward", "jpeg"], "a sum of rewards"), ([], "a sum of rewards"),
-                         (["--reward", "jpeg=1,clip=1", "--algorithm", "rwr"], "a ddpo algorithm")):
+                         (["--reward", "jpeg=1,clip=1", "--algorithm", "rwr"], "an algorithm with advantages")):
         with pytest.raises(InputError, match=f"--normalise-each: needs {named}"):
             train.main(arguments(tiny_file, tmp_path / "run", "--normalise-each", *wrong))
     assert not (tmp_path / "run").exists()
