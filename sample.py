@@ -26,6 +26,7 @@ from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.settings import DTYPES
 from ddpo_min.text import cut_prompts
+from ddpo_min.v_prediction import PREDICTIONS
 from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion
 
 COLUMNS = 10    # pictures in a row of the grid, at most
@@ -49,6 +50,8 @@ def parse(arguments):
                         "one .safetensors file, each tensor in its dtype in --weights")
     parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x or 2.x file, diffusers folder "
                         "or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
+    parser.add_argument("--prediction", default="", choices=PREDICTIONS, help="of the UNet: eps (the noise), v, or "
+                        "v_zsnr (v, and nothing of the picture is left at t = 999) (what its files say)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, up to 2^32 - 1; the next ones count "
                         "up; -1 takes a random one and prints it (0)")
     parser.add_argument("--eta", type=float, default=1.0, help="scale of DDIM's noise, 0 to 1; 0 is without (1)")
@@ -154,7 +157,7 @@ def main(arguments=None):
         (file, strength), = args.lora
         print(f"wrote {export_lora(file, args.export_lora, strength)}")
     if args.merge:
-        merge_loras(args.lora, args.weights, args.merge)
+        merge_loras(args.lora, args.weights, args.merge, args.prediction)
         print(f"wrote {args.merge}")
     if not (args.prompt or args.prompts):
         return
@@ -163,7 +166,7 @@ def main(arguments=None):
     seeds = [args.seed + i for i in range(len(prompts))]        # 0 comes after the last, as torch uses 32 bits
     device, out = pick_device(args.device, args.dtype), Path(args.out)
     dtype = args.dtype or (half_dtype() if device.type == "cuda" and not is_small(args.weights) else "float32")
-    model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))
+    model = load_stable_diffusion(args.weights, device, getattr(torch, dtype), args.prediction)
     print(model.report)
     width, _, height = args.size.partition("x")
     latent_shape = model.latent_shape(int(width), int(height or width)) if args.size else None
@@ -176,7 +179,8 @@ def main(arguments=None):
     loras = " + ".join(f"{Path(file).name} at {strength:g}" for file, strength in args.lora)
     print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, seed {args.seed}, on {device}"
           + f", {len(layers)} layers with {loras}" * bool(loras))
-    policy = Policy(model, ddim_steps(steps, args.eta), guidance, lora=layers, negative=args.negative_prompt)
+    policy = Policy(model, ddim_steps(steps, args.eta, model.alpha_bar), guidance, lora=layers,
+                    negative=args.negative_prompt)
     make_folder(out)
     first = next_number(out)
     images, base = draw(policy, prompts, seeds, batch, latent_shape, out, first)

@@ -14,6 +14,7 @@ from . import layout
 from .files import InputError, shown
 from .hub import ENDINGS, PARTS, SCHEDULER, read_json, shards
 from .schedule import alphas_cumprod
+from .v_prediction import zero_terminal_snr
 
 # Constants that tensor shapes do not show, of Stable Diffusion 1.x. A single file's metadata overrides them under the
 # same names (the shipped model's does), a diffusers folder's config.json files under diffusers' names. 0: see
@@ -23,7 +24,11 @@ CONSTANTS_1 = dict(unet_heads=8, unet_head_width=0, unet_groups=32, vae_groups=3
 # The same of 2.x, which is recognised by its linear proj_in layers; it uses 23 of OpenCLIP's 24 layers
 CONSTANTS_2 = {**CONSTANTS_1, "unet_head_width": 64, "text_heads": 16, "text_used": 23, "text_openclip": 1}
 
-PREDICTION = "modelspec.prediction_type"       # in a single file's metadata: what its UNet predicts
+# What a UNet predicts: in a single file's metadata, in a folder's scheduler config; our name for it
+PREDICTION = "modelspec.prediction_type"
+KINDS = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
+# Tensors without a number, by which single files say it to ComfyUI, and which of PREDICTIONS have them
+V_KEYS = {"v_pred": ("v", "v_zsnr"), "ztsnr": ("v_zsnr",)}
 
 # What a diffusers folder's JSON files may say where it changes the mathematics: these values, null, or nothing. All
 # else in them is shown by the tensors, is read, or concerns other samplers than ddim.py.
@@ -41,8 +46,8 @@ EXPECTED = {
     "text_encoder/config.json": dict(layer_norm_eps=1e-5),
 }
 
-SUPPORTED = ("supported: Stable Diffusion 1.x and 2.x models that predict noise, as one .safetensors file in the "
-             "original layout, a diffusers folder, or the Hugging Face Hub's OWNER/REPO or OWNER/REPO:FILE.safetensors")
+SUPPORTED = ("supported: Stable Diffusion 1.x and 2.x, as one .safetensors file in the original layout, a diffusers "
+             "folder, or the Hugging Face Hub's OWNER/REPO or OWNER/REPO:FILE.safetensors")
 
 PICKLED = "a pickled checkpoint, which can run code when opened; convert it to .safetensors first and pass that"
 
@@ -57,9 +62,10 @@ LARGEST = 2048      # of the constants: pixels a side, heads, groups
 FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")     # dtypes of weights
 
 # Tensors of a single file that belong to no network here: moving averages, buffers of the noise schedule, position ids,
-# and CLIP's projection and logit scale.
+# V_KEYS, and CLIP's projection and logit scale.
 SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one_minus|logvar|posterior_|sqrt_)"
-                     r"|cond_stage_model\.((model|transformer)\.)?(logit_scale|text_projection|attn_mask)|embedding_manager\.")
+                     r"|cond_stage_model\.((model|transformer)\.)?(logit_scale|text_projection|attn_mask)|embedding_manager\."
+                     r"|(v_pred|ztsnr)$")
 
 
 def open_safetensors(path):
@@ -108,8 +114,11 @@ def _lazy(path, names):
     return tensors
 
 
-def open_single_file(path):
-    """(tensors {network: {diffusers name: (shape, load)}}, constants) of a single file. Raises InputError."""
+def open_single_file(path, prediction=""):
+    """(tensors {network: {diffusers name: (shape, load)}}, constants) of a single file. Raises InputError.
+
+    prediction: one of PREDICTIONS, "": what the file says; so it is under that name in the constants.
+    """
     file = open_safetensors(path)
     found, metadata = list(file.keys()), file.metadata() or {}
     _refuse_other_models(path, file, found)
@@ -133,13 +142,16 @@ def open_single_file(path):
                          f"{SUPPORTED}")
     sources = {part: _lazy(path, renamed) for part, renamed in names.items()}
     sources["text"] = _split_in_proj(path, names["text"], sources["text"])
+    prediction = prediction or _prediction(path, "v" if "v_pred" in found else metadata.get(PREDICTION),
+                                           zero_snr="ztsnr" in found)
     if "alphas_cumprod" in found:       # checkpoints of a training have their schedule
         theirs, ours = file.get_tensor("alphas_cumprod").double(), alphas_cumprod()
-        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.2, atol=0):    # it can be rounded
+        ours = zero_terminal_snr(ours) if prediction == "v_zsnr" else ours
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0.2, atol=1e-6):     # it can be rounded
             raise InputError(f"{path}: its alphas_cumprod are another noise schedule than Stable Diffusion's; "
                              f"{SUPPORTED}")
     constants = _constants(path, metadata, str, _defaults(sources))
-    return sources, {**constants, "prediction": _prediction(path, metadata.get(PREDICTION))}
+    return sources, {**constants, "prediction": prediction}
 
 
 def _prefixes(found):
@@ -180,12 +192,13 @@ def _defaults(sources):
     return CONSTANTS_2 if len(shape) == 2 else CONSTANTS_1
 
 
-def _prediction(path, prediction):
-    """The prediction type in a model's metadata, "" if there is none. Raises InputError if it is not the noise."""
-    if prediction not in (None, "", "epsilon"):
-        raise InputError(f"{path}: found a model that predicts {shown(prediction)}, not epsilon (the noise); "
+def _prediction(path, said, zero_snr):
+    """Which of PREDICTIONS a model's files say, "" if they say nothing. Raises InputError if it is another one."""
+    if said and str(said) not in KINDS:
+        raise InputError(f"{path}: found a model that predicts {shown(said)}, neither epsilon (the noise) nor v; "
                          f"{SUPPORTED}")
-    return prediction or ""
+    prediction = KINDS[str(said)] if said else ""
+    return "v_zsnr" if prediction == "v" and zero_snr else prediction
 
 
 def _refuse_other_models(path, file, found):
@@ -214,7 +227,7 @@ def _refuse_other_models(path, file, found):
     raise InputError(f"{path}: found {what}; {SUPPORTED}")
 
 
-def open_folder(path):
+def open_folder(path, prediction=""):
     """As open_single_file(), of a diffusers folder; the constants are in its config.json files. Raises InputError."""
     if not (path / "unet").is_dir():
         raise InputError(f"{path}: a folder without unet/; {SUPPORTED}")
@@ -237,14 +250,18 @@ def open_folder(path):
     scheduler, unet, vae, text = configs.values()
     if unet.get("addition_embed_type"):
         raise InputError(f"{path}: found a Stable Diffusion XL UNet; {SUPPORTED}")
+    rescaled = scheduler.get("rescale_betas_zero_snr")
+    prediction = prediction or _prediction(path, scheduler.get("prediction_type"), zero_snr=rescaled is True)
     for file, expected in EXPECTED.items():
         for key, value in expected.items():
             found = configs[file].get(key)
+            if found is True and key == "rescale_betas_zero_snr" and prediction == "v_zsnr":
+                continue
             if found not in (None, value):
                 raise InputError(f'{path}: {file} says "{key}": {shown(json.dumps(found))}; this project computes with '
                                  f"{json.dumps(value)}; {SUPPORTED}")
     constants = _constants(path, _folder_constants(path, sources, unet, vae, text), int | float, _defaults(sources))
-    return sources, {**constants, "prediction": _prediction(path, scheduler.get("prediction_type"))}
+    return sources, {**constants, "prediction": prediction}
 
 
 def _folder_constants(path, sources, unet, vae, text):

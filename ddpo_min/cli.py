@@ -309,7 +309,8 @@ def _check_values(s):
     """Each setting by itself."""
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed:
-            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of {', '.join(allowed)}")
+            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of "
+                             f"{', '.join(filter(None, allowed))}")
     for words, fits, names in RANGES:
         for name in names:
             if not fits(getattr(s, name)):

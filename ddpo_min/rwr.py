@@ -5,7 +5,6 @@ import torch
 from .losses import rwr_loss
 from .metrics import Metrics
 from .rollout import sample_noise
-from .schedule import alphas_cumprod
 
 
 def peers(prompts, per_prompt):
@@ -54,7 +53,7 @@ def rwr_update(policy, optimizer, trajectories, weights, rng, *, plan):
     weights: float (N,); rng: numpy Generator, of the order, t and eps; plan: see Plan. Returns {metric: mean}.
     """
     device, metrics = trajectories.contexts.device, Metrics()
-    alpha_bar = alphas_cumprod().to(device, trajectories.latents.dtype)
+    alpha_bar = policy.model.alpha_bar.to(device, trajectories.latents.dtype)
     for minibatch in plan.random_minibatches(weights, rng):
         for samples, t, seeds, part in minibatch:
             x_0, context = trajectories.x_0(samples), trajectories.context(samples)

@@ -4,6 +4,8 @@ ddpo_min/cli.py makes the command line from it: the sections are the groups of -
 """
 from dataclasses import dataclass, fields
 
+from .v_prediction import PREDICTIONS
+
 
 @dataclass
 class Settings:
@@ -27,6 +29,7 @@ class Settings:
     steps: int = 8                  # denoising steps T [50]
     guidance: float = 1.0           # scale of classifier-free guidance; 1 is none [5.0]
     guidance_in_training: bool = True  # train with sampling's guidance; without it the paper's runs collapse [on]
+    prediction: str = ""            # of the UNet: eps (the noise), v or v_zsnr, see docs; empty: what its files say
     eta: float = 1.0                # scale of DDIM's noise, in (0, 1] [code: 1.0]
     # Learning
     updates: int = 4                # optimizer steps (minibatches) an epoch, each on an equal part of the samples [4]
@@ -130,4 +133,4 @@ FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset 
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(preset=tuple(PRESETS), algorithm=tuple(ALGORITHMS), trainable=("lora", "full"),
                step_weights=("even", "paper"), normalise=("prompt", "group", "epoch"),
-               device=("auto", "cpu", "cuda", "mps"), dtype=DTYPES)
+               prediction=("", *PREDICTIONS), device=("auto", "cpu", "cuda", "mps"), dtype=DTYPES)

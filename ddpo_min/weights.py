@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import layout
-from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, count, open_folder, open_single_file
+from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, V_KEYS, count, open_folder, open_single_file
 from .files import InputError, NotFinite, atomic, shown
 from .hub import fetch
+from .schedule import alphas_cumprod
 from .text import END_OF_TEXT, TextConfig, TextEncoder, tokenize
 from .unet import UNet, UNetConfig
+from .v_prediction import eps_from_v, zero_terminal_snr
 from .vae import VAE, VAEConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "emoji.safetensors"
@@ -37,6 +40,18 @@ class StableDiffusion:
     image_size: int         # pixels a side of the pictures the model was trained on
     report: str             # one line about what was loaded
     base: str = ""          # 16 hex digits that name the UNet's weights, see base_name()
+    prediction: str = "eps"     # one of PREDICTIONS
+
+    @cached_property
+    def alpha_bar(self):
+        """Its noise schedule alpha_bar_t, float64 (1000,)."""
+        return zero_terminal_snr(alphas_cumprod()) if self.prediction == "v_zsnr" else alphas_cumprod()
+
+    def noise(self, out, x_t, t):
+        """The predicted noise, which is the UNet's output or what follows from it; t: (B,) timesteps."""
+        if self.prediction == "eps":
+            return out
+        return eps_from_v(out, x_t, self.alpha_bar.to(x_t.device, x_t.dtype)[t][:, None, None, None])
 
     @property
     def latent_size(self):
@@ -60,17 +75,17 @@ class StableDiffusion:
         return self.text_encoder(tokenize(prompts, config.positions, config.padding).to(device))
 
 
-def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
+def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32, prediction=""):
     """Load a model, strictly: every tensor of the file is used or listed in SKIPPED, every parameter is set.
 
     path: a .safetensors file in the original layout, a diffusers folder, or either on the Hugging Face Hub (fetch());
-    dtype: of the networks; None keeps each tensor's own (to save them again, not to run them). Raises InputError if it
-    is no such model, or if it does not predict noise.
+    dtype: of the networks; None keeps each tensor's own (to save them again, not to run them); prediction: one of
+    PREDICTIONS, "": what its files say. Raises InputError if it is no such model, or if it predicts something else.
     """
     name, path = Path(path).name, fetch(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; {SUPPORTED}")
-    sources, constants = open_folder(path) if path.is_dir() else open_single_file(path)
+    sources, constants = (open_folder if path.is_dir() else open_single_file)(path, prediction)
     networks, lines = [], []
     for part, build in ("unet", _build_unet), ("vae", _build_vae), ("text", _build_text):
         tensors = sources[part]
@@ -88,7 +103,7 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32):
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
     model = StableDiffusion(*networks, image_size=constants["image_size"], report=f"{name}: " + "; ".join(lines),
-                            base=base_name(sources["unet"]))
+                            base=base_name(sources["unet"]), prediction=constants["prediction"] or "eps")
     _refuse_misfits(model, path)
     if not constants["prediction"] and torch.device(device).type != "meta":
         refuse_other_predictions(model, path)
@@ -127,9 +142,8 @@ def _refuse_misfits(model, path):
 
 @torch.no_grad()
 def refuse_other_predictions(model, path):
-    """Test a model whose files do not say what it predicts. Raises InputError if it does not seem to be the noise.
+    """Test a model of which nobody says what it predicts. Raises InputError if it does not seem to be the noise.
 
-    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0    [Salimans and Ho, Sec. 4]
     At t = 999, x_t is nearly all noise: a prediction of eps is about x_t, one of v about -x0, which hardly correlates
     with x_t.
     """
@@ -146,8 +160,8 @@ def refuse_other_predictions(model, path):
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), out.float().cpu().flatten()]))[0, 1].item()
     if not correlation >= 0.5:      # also refuses nan, of an output that is the same everywhere
         raise InputError(f"{path}: its UNet's output for pure noise is not that noise (correlation {correlation:.2f}); "
-                         'it seems to predict v; if not, say "prediction_type": "epsilon" in a diffusers folder\'s '
-                         f"scheduler_config.json; {SUPPORTED}")
+                         "it seems to predict v; say so with --prediction v (or v_zsnr), or that it does predict the "
+                         f"noise with --prediction eps; {SUPPORTED}")
 
 
 def is_small(path):
@@ -162,11 +176,11 @@ def is_small(path):
         return False
 
 
-def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, **details):
+def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_size=512, prediction="eps", **details):
     """Write the three networks as one safetensors file in the original layout, its constants in the metadata.
 
-    dtype: None keeps each tensor's own; details: JSON values for the metadata, under the name ddpo_min. OpenCLIP's
-    projection is left out.
+    dtype: None keeps each tensor's own; prediction: one of PREDICTIONS; details: JSON values for the metadata, under
+    the name ddpo_min. OpenCLIP's projection is left out.
     """
     state = {}
     inverse = {b: a for a, b in layout.unet_prefixes(unet.config.attention, unet.config.layers).items()}
@@ -183,7 +197,10 @@ def save_single_file(path, unet, vae, text_encoder, dtype=torch.float16, image_s
                     unet_groups=unet.config.groups, vae_groups=vae.config.groups, latent_scale=vae.config.latent_scale,
                     text_heads=text_encoder.config.heads, text_used=text_encoder.config.used or 0,
                     text_openclip=int(text_encoder.config.openclip))
-    metadata[PREDICTION] = "epsilon"        # load_stable_diffusion() lets no other model in
+    metadata[PREDICTION] = "epsilon" if prediction == "eps" else "v"
+    for key, models in V_KEYS.items():
+        if prediction in models:
+            state[key] = torch.empty(0)
     if details:
         metadata["ddpo_min"] = json.dumps(details)
     with atomic(path) as temporary:

@@ -245,11 +245,11 @@ def test_without_metadata_the_constants_of_a_2x_file_are_stable_diffusion_2s(tmp
 
 
 @pytest.mark.parametrize("factor, says, words", [
-    (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "v", ["predicts v, not epsilon"]),
+    (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "x0", ["predicts x0, neither epsilon"]),
     (-1, "", ["output for pure noise", "correlation -1.00", "seems to predict v"]),
     (0, "", ["output for pure noise", "seems to predict v"])])
 @pytest.mark.parametrize("configs", [(UNET, VAE_, replace(TEXT, vocabulary=49408)), SMALL_2], ids=["1.x", "2.x"])
-def test_a_model_that_does_not_predict_noise_is_refused(tmp_path, configs, factor, says, words):
+def test_a_model_that_says_or_seems_to_predict_something_else_is_refused(tmp_path, configs, factor, says, words):
     """By its metadata or, without it, by its UNet's output for pure noise: here the noise times `factor`."""
     unet, vae, text = networks(*configs)
     noise_through(unet).conv_out.weight.mul_(factor)
@@ -487,9 +487,9 @@ def folder_of_broken_heads(folder, single):
     return diffusers_folder(folder, single, attention_head_dim=["5"])
 
 
-def folder_that_predicts_v(folder, single):
+def folder_that_predicts_x_0(folder, single):
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
     return diffusers_folder(folder, single)
 
 
@@ -511,7 +511,7 @@ def sdxl_folder(folder, single):
     (inpainting_folder, ["9 input channels", SUPPORTED]),
     (folder_of_uneven_heads, ["heads have different widths", SUPPORTED]),
     (folder_of_broken_heads, ["attention_head_dim ['5']", SUPPORTED]),
-    (folder_that_predicts_v, ["predicts v_prediction, not epsilon", SUPPORTED]),
+    (folder_that_predicts_x_0, ["predicts sample, neither epsilon", SUPPORTED]),
     (sdxl_folder, ["Stable Diffusion XL", SUPPORTED]),
     (diffusers_folder, ["its unet has no tensor", "which Stable Diffusion has", SUPPORTED]),
 ])
