@@ -8,15 +8,20 @@ from peft import LoraConfig
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.lora import TARGETS
 from ddpo_min.policy import Policy
+from ddpo_min.unet import SIZE_FEATURES
 
 
 def diffusers_unet(c, **more):
     """diffusers' UNet with the sizes of a UNetConfig."""
+    if c.pooled:
+        more |= dict(addition_embed_type="text_time", addition_time_embed_dim=SIZE_FEATURES,
+                     projection_class_embeddings_input_dim=c.pooled + 6 * SIZE_FEATURES)
     return UNet2DConditionModel(
         in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.widths, layers_per_block=c.layers,
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in c.attention],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in c.attention[::-1]],
-        cross_attention_dim=c.context_width, norm_num_groups=c.groups, use_linear_projection=c.linear,
+        transformer_layers_per_block=[max(1, layers) for layers in c.attention], cross_attention_dim=c.context_width,
+        norm_num_groups=c.groups, use_linear_projection=c.linear,
         attention_head_dim=[w // c.head_width for w in c.widths] if c.head_width else c.heads, **more)
 
 
