@@ -380,8 +380,8 @@ def put(name, *shape):
 @pytest.mark.parametrize("change, words", [
     (put("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", 4, 8), ["a LoRA", "--lora"]),
     (put(FIRST_CONV, 8, 9, 3, 3), ["9 input channels", "inpainting"]),
-    (put("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 8), ["Stable Diffusion XL"]),
-    (put("cond_stage_model.model.ln_final.bias", 8), ["two text encoders"]),
+    (put("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 8), ["without its autoencoder"]),
+    (put("cond_stage_model.model.ln_final.bias", 8), ["the text encoders of two models"]),
     (remove("first_stage_model."), ["without its autoencoder"]),
     (remove("cond_stage_model."), ["without its autoencoder or text encoder"]),
     (remove("model.", "cond_stage_model."), ["first tensor is first_stage_model.decoder.conv_in.bias"]),
@@ -493,7 +493,7 @@ def folder_that_predicts_x_0(folder, single):
     return diffusers_folder(folder, single)
 
 
-def sdxl_folder(folder, single):
+def sdxl_folder_without_its_second_text_encoder(folder, single):
     return diffusers_folder(folder, single, addition_embed_type="text_time")
 
 
@@ -512,7 +512,7 @@ def sdxl_folder(folder, single):
     (folder_of_uneven_heads, ["heads have different widths", SUPPORTED]),
     (folder_of_broken_heads, ["attention_head_dim ['5']", SUPPORTED]),
     (folder_that_predicts_x_0, ["predicts sample, neither epsilon", SUPPORTED]),
-    (sdxl_folder, ["Stable Diffusion XL", SUPPORTED]),
+    (sdxl_folder_without_its_second_text_encoder, ["text_encoder_2/model.safetensors", "is missing", SUPPORTED]),
     (diffusers_folder, ["its unet has no tensor", "which Stable Diffusion has", SUPPORTED]),
 ])
 def test_wrong_paths_are_named_in_one_line(single_file, tmp_path, make, words):
