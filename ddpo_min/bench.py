@@ -114,11 +114,11 @@ def matrix_rate(device, dtype):
 def flops(model, settings):
     """FLOPs of (sampling, training) one picture, counted on networks without memory."""
     passes = settings.steps * (1 if settings.guidance == 1 else 2)
-    side, tokens = model.latent_size, model.text_encoder.config.positions
+    tokens = model.text_encoder.config.positions
     with torch.device("meta"):
         unet, vae = UNet(model.unet.config), VAE(model.vae.config)
         add_lora(unet, settings.rank)
-        x_t, t = torch.empty(1, 4, side, side), torch.empty(1)
+        x_t, t = torch.empty(1, 4, *model.shape), torch.empty(1)
         context = torch.empty(1, tokens, unet.config.context_width)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             unet(x_t, t, context)
@@ -188,7 +188,7 @@ def print_rates(works, model, settings, rates):
 def print_whole_pictures(work, model):
     """What Stable Diffusion's usual 50 steps would take, from the few that were timed."""
     s, device = work.settings, work.optimizer.parameters[0].device
-    latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
+    latent = torch.zeros(1, 4, *model.shape, device=device)
     decoding, _ = seconds(device, lambda: decode_images(model.vae, latent))
     a_step = (statistics.median(work.sampling) / s.samples - decoding) / s.steps
     a_training_step = statistics.median(work.training) / s.samples / s.steps

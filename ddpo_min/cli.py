@@ -20,7 +20,7 @@ from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
 from .text import cut_prompts
-from .weights import is_small
+from .weights import is_small, parse_size
 
 DESCRIPTION = """Train a text-to-image diffusion model on a reward, by DDPO.
 Defaults are those of the preset laptop, for the shipped model. In brackets:
@@ -315,6 +315,8 @@ def _check_values(s):
         for name in names:
             if not fits(getattr(s, name)):
                 raise InputError(f"{flag(name)} {getattr(s, name)}: expected {words}")
+    if s.size:
+        parse_size(s.size)
 
 
 def _check_minibatches(s):

@@ -47,13 +47,12 @@ def sample_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, latent_shape=None):
+def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None):
     """Draw a picture for each prompt and keep how it came about.
 
     prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
     to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
-    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn;
-    latent_shape: (h, w), the model's own if None.
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn.
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -61,7 +60,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     unique = sorted(set(prompts))
     contexts, which = model.encode_prompts(unique), torch.tensor([unique.index(prompt) for prompt in prompts])
-    height, width = latent_shape or (model.latent_size, model.latent_size)
+    height, width = model.shape
     # Of nothing: a process may have no sample at all
     latents = [torch.empty(0, T + 1 if keep == "path" else 1, 4, height, width, dtype=place["dtype"])]
     log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]

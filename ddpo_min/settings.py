@@ -30,6 +30,7 @@ class Settings:
     guidance: float = 1.0           # scale of classifier-free guidance; 1 is none [5.0]
     guidance_in_training: bool = True  # train with sampling's guidance; without it the paper's runs collapse [on]
     prediction: str = ""            # of the UNet: eps (the noise), v or v_zsnr, see docs; empty: what its files say
+    size: str = ""                  # of the pictures, WIDTHxHEIGHT in pixels, or one number; empty: the model's own
     eta: float = 1.0                # scale of DDIM's noise, in (0, 1] [code: 1.0]
     # Learning
     updates: int = 4                # optimizer steps (minibatches) an epoch, each on an equal part of the samples [4]

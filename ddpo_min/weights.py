@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from . import layout
 from .checkpoint import CONSTANTS_1, PREDICTION, SUPPORTED, V_KEYS, count, open_folder, open_single_file
+from .device import visiting
 from .files import InputError, NotFinite, atomic, shown
 from .hub import fetch
 from .schedule import alphas_cumprod
@@ -27,6 +29,8 @@ from .v_prediction import eps_from_v, zero_terminal_snr
 from .vae import VAE, VAEConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "emoji.safetensors"
+
+FEW_STEPS = re.compile("turbo|lightning|lcm|hyper.?sd", re.IGNORECASE)      # in the names of models distilled for few
 
 SD_SIZE = 256       # pixels a side: models with at least this many count as Stable Diffusion, others as small
 
@@ -41,6 +45,10 @@ class StableDiffusion:
     report: str             # one line about what was loaded
     base: str = ""          # 16 hex digits that name the UNet's weights, see base_name()
     prediction: str = "eps"     # one of PREDICTIONS
+    shape: tuple = None     # (h, w) of the latents to draw; None: of a picture with image_size pixels a side
+
+    def __post_init__(self):
+        self.shape = self.shape or (self.latent_size, self.latent_size)
 
     @cached_property
     def alpha_bar(self):
@@ -69,15 +77,29 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """Prompts (list of B str) -> context (B, 77, width) for the UNet; of XL with a row more, the pooled text."""
-        return self.text_encoder.encode(prompts)
+        with visiting(self.text_encoder, self.unet.conv_in.weight.device):
+            return self.text_encoder.encode(prompts)
 
 
-def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32, prediction=""):
+def parse_size(text):
+    """The value of --size, WIDTHxHEIGHT in pixels or one number for both: (width, height). Raises InputError."""
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", text):
+        raise InputError(f"--size {text}: expected WIDTHxHEIGHT in pixels, like 768x512, or one number for both")
+    width, _, height = text.partition("x")
+    width, height = int(width), int(height or width)
+    if max(width, height) > 4096:
+        raise InputError(f"--size {text}: expected up to 4096 pixels a side")
+    return width, height
+
+
+def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32, prediction="", size=""):
     """Load a model, strictly: every tensor of the file is used or listed in SKIPPED, every parameter is set.
 
     path: a .safetensors file in the original layout, a diffusers folder, or either on the Hugging Face Hub (fetch());
     dtype: of the networks; None keeps each tensor's own (to save them again, not to run them); prediction: one of
-    PREDICTIONS, "": what its files say. Raises InputError if it is no such model, or if it predicts something else.
+    PREDICTIONS, "": what its files say; size: of the pictures to draw, see parse_size(), "": what it was trained on.
+    Raises InputError if it is no such model, or if it predicts something else. The text encoders and the autoencoder of
+    XL stay on the CPU; a GPU has them only while they work, see visiting().
     """
     name, path = Path(path).name, fetch(path)
     if not path.exists():
@@ -100,14 +122,18 @@ def load_stable_diffusion(path=SHIPPED, device="cpu", dtype=torch.float32, predi
             raise InputError(f"{path}: its {part} does not have Stable Diffusion's structure: shapes of tensors, or "
                              f"numbers in its metadata or config.json, do not fit together; {SUPPORTED}")
         wide = xl and part == "vae" and dtype and dtype.itemsize < 4        # XL's overflows in float16
-        _assign(network, tensors, path, part, device, torch.float32 if wide else dtype)
+        away = xl and part != "unet" and torch.device(device).type in ("cuda", "mps")
+        _assign(network, tensors, path, part, "cpu" if away else device, torch.float32 if wide else dtype)
         networks.append(network.requires_grad_(False).eval())
         lines.append(f"{part} {len(tensors)} tensors, 0 missing, 0 unexpected")
+    if match := FEW_STEPS.search(name):
+        lines.append(f'by the "{match[0]}" in its name distilled for few steps, while DDPO needs many, each with noise')
     unet, vae, *texts = networks
     model = StableDiffusion(unet, vae, TextEncoders(*texts) if xl else texts[0], image_size=constants["image_size"],
                             report=f"{name}: " + "; ".join(lines), base=base_name(sources["unet"]),
                             prediction=constants["prediction"] or "eps")
     _refuse_misfits(model, path)
+    model.shape = model.latent_shape(*parse_size(size)) if size else model.shape
     if not constants["prediction"] and torch.device(device).type != "meta":
         refuse_other_predictions(model, path)
     return model

@@ -50,7 +50,7 @@ def diffusers_policy(model, settings):
         unet.enable_gradient_checkpointing()
         unet.train()
     scale = model.vae.config.latent_scale
-    decoder = SimpleNamespace(config=model.vae.config, post_quant_conv=vae.post_quant_conv,
+    decoder = SimpleNamespace(config=model.vae.config, post_quant_conv=vae.post_quant_conv, parameters=vae.parameters,
                               decode=lambda latent: vae.decode(latent / scale).sample)
     policy = Policy(replace(model, vae=decoder), ddim_steps(settings.steps), settings.guidance)
     policy.predict = lambda x, t, context: unet(x, t, encoder_hidden_states=context).sample
