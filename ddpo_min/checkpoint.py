@@ -268,6 +268,9 @@ def open_folder(path, prediction=""):
         raise InputError(f"{path}: found a UNet with {shape[1]} input channels; {SUPPORTED}")
     configs = {file: read_json(path / file) for file in EXPECTED}
     scheduler, unet, vae, *texts = configs.values()
+    if "time_embedding.cond_proj.weight" in sources["unet"] or scheduler.get("_class_name") == "LCMScheduler":
+        raise InputError(f"{path}: found an LCM, a model distilled for few steps, which DDIM cannot draw with; "
+                         f"{SUPPORTED}")
     rescaled = scheduler.get("rescale_betas_zero_snr")
     prediction = prediction or _prediction(path, scheduler.get("prediction_type"), zero_snr=rescaled is True)
     for file, expected in EXPECTED.items():

@@ -1,20 +1,36 @@
-"""Stable Diffusion XL: networks, files, pictures, gradients and LoRAs against diffusers and transformers, in float64."""
+"""Stable Diffusion XL: networks, files, pictures, gradients, LoRAs, against diffusers and transformers in float64."""
 import gzip
 import json
 import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import noise_through, randomise, their_text, their_unet, their_vae
-from ddpo_min import layout
+import sample
+import train
+from conftest import cut, randomise, their_text, their_unet, their_vae
+from ddpo_min import device, layout, weights
+from ddpo_min import vae as vae_module
+from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError
+from ddpo_min.interchange import export_lora, kohya_form, kohya_name, lora_modules, write_lora
+from ddpo_min.lora import add_lora, load_loras
+from ddpo_min.policy import Policy
+from ddpo_min.rollout import sample_noise, sample_trajectories
 from ddpo_min.text import TextConfig, TextEncoder, TextEncoders, tokenize
 from ddpo_min.unet import UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
 from ddpo_min.weights import _original_text, load_stable_diffusion, save_single_file
+from test_interchange import assert_same_file, header
+from test_train import arguments, metrics
 from test_weights import read_layout
 
 # Small, with a different number wherever XL has the same one twice
@@ -237,3 +253,373 @@ def test_a_file_with_the_names_and_shapes_of_the_real_one_is_loaded(tmp_path, mo
     text = {name: tuple(tensor.shape) for name, tensor in _original_text(model.text_encoder).items()}
     assert text == {name: shape for name, shape in real.items()
                     if name.startswith("conditioner.") and not name.endswith("logit_scale")}
+
+
+# ---- files
+
+def equal(a, b):
+    """Whether two models have the same weights, to the bit."""
+    return all(torch.equal(x, y) for part in ("unet", "vae", "text_encoder") for x, y in zip(
+        getattr(a, part).state_dict().values(), getattr(b, part).state_dict().values(), strict=True))
+
+
+def test_a_folder_of_diffusers_and_a_single_file_give_the_same_tensors_and_configurations(folder, file, tmp_path):
+    models = [load_stable_diffusion(path, dtype=torch.float64) for path in (folder, file)]
+    for model in models:
+        texts = tuple(text.config for text in model.text_encoder.encoders)
+        assert (model.unet.config, model.vae.config, *texts) == (UNET, VAE_, TEXT, TEXT_2)
+        assert model.image_size == 16 and model.report.count(" 0 missing, 0 unexpected") == 4
+    assert equal(*models) and models[0].base == models[1].base
+    model = models[0]
+    save_single_file(tmp_path / "again.safetensors", model.unet, model.vae, model.text_encoder, torch.float64, 16)
+    assert_same_file(tmp_path / "again.safetensors", file)
+
+
+def test_diffusers_own_converter_gives_our_tensors_from_our_file(file):
+    from diffusers.loaders import single_file_utils as theirs
+    state, (unet, _, texts) = load_file(file), networks()
+    converted = theirs.convert_ldm_unet_checkpoint(dict(state), dict(
+        layers_per_block=2, class_embed_type=None, addition_embed_type="text_time"))
+    second = theirs.convert_open_clip_checkpoint(SimpleNamespace(
+        text_model=SimpleNamespace(embeddings=SimpleNamespace(position_embedding=SimpleNamespace(weight=torch.empty(
+            77, 24)))), config=SimpleNamespace(hidden_size=24)), dict(state), prefix="conditioner.embedders.1.model.")
+    for ours, found in ((unet, converted), (texts.text_encoder_2, second)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(found[name].reshape(tensor.shape), tensor), name
+    assert converted.keys() == unet.state_dict().keys()
+
+
+def without(*starts):
+    return lambda state: [state.pop(name) for name in list(state) if name.startswith(starts)]
+
+
+def rename_all(state):
+    """A refiner has OpenCLIP's text encoder alone."""
+    for name in [name for name in state if name.startswith("conditioner.embedders.")]:
+        _, _, number, _, rest = name.split(".", 4)
+        if number == "1":
+            state["conditioner.embedders.0.model." + rest] = state[name]
+        del state[name]
+
+
+@pytest.mark.parametrize("change, words", [
+    (rename_all, "the refiner of Stable Diffusion XL"),
+    (lambda state: state.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}),
+     "9 input channels, an inpainting model"),
+    (without("conditioner.embedders.1."), "without its autoencoder or text encoder"),
+    (without("conditioner.embedders.0."), "without its autoencoder or text encoder"),
+    (without("conditioner.embedders.1.model.text_projection"), "text_2 has no tensor text_projection.weight"),
+    (without("model.diffusion_model.label_emb."), "a pooled text of 0 numbers, its text encoder writes 20"),
+    (without("model.diffusion_model.middle_block.1.transformer_blocks.1.norm1."), "2 missing|unexpected"),
+    (lambda state: state.update(edm_mean=torch.zeros(4)), "1 unexpected tensors, the first is edm_mean"),
+    (lambda state: state.update({"cond_stage_model.model.ln_final.bias": torch.zeros(8)}), "encoders of two models"),
+])
+def test_single_files_that_are_something_else_are_named_in_one_line(file, tmp_path, change, words):
+    state = load_file(file)
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "a.safetensors", header(file))
+    with pytest.raises(InputError, match=words) as caught:
+        load_stable_diffusion(tmp_path / "a.safetensors")
+    assert str(caught.value).isprintable() and "supported: Stable Diffusion 1.x, 2.x and XL" in str(caught.value)
+
+
+def configured(folder, file, **values):
+    """Change a config.json of a folder."""
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def as_lcm(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "time_embedding.cond_proj.weight": torch.zeros(16, 256)}, path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: (folder / "text_encoder").rename(folder / "other"), "the refiner of Stable Diffusion XL"),
+    (lambda folder: (folder / "text_encoder_2").rename(folder / "other"), "text_encoder_2/model.safetensors"),
+    (as_lcm, "found an LCM"),
+    (lambda folder: configured(folder, "scheduler/scheduler_config.json", _class_name="LCMScheduler"), "found an LCM"),
+    (lambda folder: configured(folder, "unet/config.json", addition_time_embed_dim=128), "addition_time_embed_dim"),
+    (lambda folder: configured(folder, "unet/config.json", addition_embed_type="image"), "addition_embed_type"),
+    (lambda folder: configured(folder, "unet/config.json", addition_embed_type=None), "vectors of 40 numbers"),
+    (lambda folder: configured(folder, "text_encoder_2/config.json", hidden_act="relu"), "hidden_act relu"),
+    (lambda folder: configured(folder, "text_encoder_2/config.json", num_attention_heads=5), "numbers of heads"),
+])
+def test_folders_that_are_something_else_are_named_in_one_line(folder, tmp_path, change, words):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy)
+    with pytest.raises(InputError, match=words) as caught:
+        load_stable_diffusion(copy)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("sdxl-Turbo", "Turbo"), ("dreamshaperXL_lightningDPMSDE", "lightning"), ("LCM_x", "LCM"),
+    ("Hyper-SDXL", "Hyper-SD"), ("juggernautXL", "")])
+def test_the_name_of_a_model_for_few_steps_is_pointed_out(file, tmp_path, name, words):
+    report = load_stable_diffusion(shutil.copy(file, tmp_path / f"{name}.safetensors")).report
+    assert (f'by the "{words}" in its name distilled for few steps' in report) == bool(words) and "\n" not in report
+
+
+def test_the_hub_is_asked_for_the_second_text_encoder(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from test_hub import FakeHub
+    hub = FakeHub("a/xl", folder, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    monkeypatch.chdir(tmp_path)
+    assert equal(load_stable_diffusion("a/xl", dtype=torch.float64), load_stable_diffusion(folder, dtype=torch.float64))
+    assert {"text_encoder_2/config.json", "text_encoder_2/model.safetensors"} < set(hub.requested)
+    assert not any("tokenizer" in name for name in hub.requested)
+
+
+# ---- pictures and gradients
+
+class Given(DDIMScheduler):
+    """diffusers' sampler with the noise of its steps given."""
+
+    def step(self, out, t, sample, eta=0.0, generator=None, return_dict=True):
+        return super().step(out, t, sample, eta=eta, variance_noise=self.noise.pop(0), return_dict=return_dict)
+
+
+@pytest.mark.parametrize("negative, size", [(None, (16, 16)), ("blurry, a cat", (24, 16))])
+def test_whole_pictures_are_those_of_diffusers_pipeline(pipeline, file, negative, size):
+    """Guidance away from nothing at all, which is zeros, or from a prompt; square, and wide with its size numbers."""
+    model, (width, height) = load_stable_diffusion(file, dtype=torch.float64, size="x".join(map(str, size))), size
+    noise = sample_noise([5, 6], 4, (4, height // 2, width // 2)).double()
+    policy = Policy(model, ddim_steps(4), 3.0, negative=negative or "")
+    drawn = sample_trajectories(policy, PROMPTS[:2], [5, 6], cut(2, 2), keep="x_0")
+    pictures = (model.vae.decode(drawn.latents[:, -1]) / 2 + 0.5).clamp(0, 1)
+    a = model.alpha_bar
+    pipeline.scheduler = Given.from_config(pipeline.scheduler.config)
+    pipeline.scheduler.alphas_cumprod, pipeline.scheduler.final_alpha_cumprod = a, a[0]
+    pipeline.scheduler.noise = list(noise[:, 1:].transpose(0, 1))
+    theirs = pipeline(PROMPTS[:2], negative_prompt=negative and [negative] * 2, height=height, width=width,
+                      num_inference_steps=4, guidance_scale=3.0, eta=1.0, latents=noise[:, 0], output_type="pt").images
+    assert theirs.shape[-2:] == (height, width) and theirs.std() > 0.05
+    assert_same(pictures, theirs, atol=1e-8)
+
+
+def test_the_gradient_of_a_training_step_is_that_of_diffusers_network(file):
+    """Of log p(x_prev | x_t, c), guided, for every weight of the UNet; log p is written here again."""
+    model, steps = load_stable_diffusion(file, dtype=torch.float64), ddim_steps(5)
+    theirs, i, (x_t, _, _, _) = their_networks(networks())[0], 2, unet_input()
+    x_prev = x_t + 0.3 * torch.randn(x_t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    context, advantage = model.encode_prompts(PROMPTS), torch.tensor([1.0, -0.5, 2.0])
+    model.unet.requires_grad_(True)
+    log_p, _ = Policy(model, steps, 3.0).log_prob(x_prev, x_t, i, context)
+    (advantage * log_p).sum().backward()
+
+    theirs.requires_grad_(True)
+    sizes = torch.tensor([[16, 24, 0, 0, 16, 24]] * 3)
+    without, eps = (theirs(x_t, steps.t[i], c[:, :77], added_cond_kwargs=dict(
+        text_embeds=c[:, 77, :20], time_ids=sizes)).sample for c in (torch.zeros_like(context), context))
+    eps, a, b, sigma = without + 3.0 * (eps - without), steps.alpha_bar[i], steps.alpha_bar_prev[i], steps.sigma[i]
+    mean = (b / a) ** 0.5 * (x_t - (1 - a) ** 0.5 * eps) + (1 - b - sigma ** 2) ** 0.5 * eps
+    (advantage * torch.distributions.Normal(mean, sigma).log_prob(x_prev).mean((1, 2, 3))).sum().backward()
+    wanted = {name: p.grad for name, p in theirs.named_parameters()}
+    assert wanted.keys() == dict(model.unet.named_parameters()).keys() and len(wanted) > 200
+    for name, p in model.unet.named_parameters():
+        assert p.grad.abs().max() > 0, name
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-7, atol=1e-10)
+
+
+# ---- LoRAs
+
+ATTENTION = [name for name in lora_modules(UNet(UNET)) if re.search(r"attn\d\.to_", name)]
+OTHERS = ["down_blocks.0.resnets.0.conv1", "down_blocks.1.downsamplers.0.conv", "mid_block.resnets.1.time_emb_proj",
+          "up_blocks.0.attentions.2.proj_in", "up_blocks.1.upsamplers.0.conv", "up_blocks.2.resnets.0.conv_shortcut",
+          "mid_block.attentions.0.transformer_blocks.1.ff.net.2"]
+TEXTS = [f"text_encoder{which}.text_model.encoder.layers.{layer}" for which in ("", "_2") for layer in (
+    "0.self_attn.q_proj", "0.self_attn.out_proj", "1.mlp.fc1", "1.mlp.fc2")]     # diffusers needs attention among them
+
+
+def random_lora(names, seed=0):
+    """{module: (A, B, alpha)} of rank 2 with scale 1/2, for modules of the small UNet and text encoders."""
+    torch.manual_seed(seed)
+    unet, _, texts = networks()
+    lora = {}
+    for name in names:
+        weight = (texts if name.startswith("text_") else unet).get_submodule(name).weight
+        B = 0.2 * torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+        lora[name] = torch.randn(2, *weight.shape[1:]), B, 1.0
+    return lora
+
+
+def added_by_hand(lora):
+    """The networks with a LoRA in their weights, without a line of lora.py."""
+    unet, vae, texts = networks()
+    for name, (A, B, alpha) in lora.items():
+        weight = (texts if name.startswith("text_") else unet).get_submodule(name).weight
+        weight += alpha / 2 * torch.einsum("or,r...->o...", B.double().flatten(1), A.double()).reshape(weight.shape)
+    return unet, vae, texts
+
+
+def output(unet, texts):
+    """The predicted noise for two prompts: what UNet and text encoders do together."""
+    x_t, t, _, _ = unet_input()
+    return unet(x_t[:2], t[:2], texts.encode(PROMPTS[:2]))
+
+
+def their_output(pipeline):
+    x_t, t, _, _ = unet_input()
+    tokens, _, pooled, _ = pipeline.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False)
+    sizes = torch.tensor([[16, 24, 0, 0, 16, 24]] * 2)
+    return pipeline.unet(x_t[:2], t[:2], tokens, added_cond_kwargs=dict(text_embeds=pooled, time_ids=sizes)).sample
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("start", ["diffusers", "kohya"])
+def test_both_forms_are_loaded_by_diffusers_and_by_us(form, start, folder, tmp_path):
+    """Written in one form, converted to the other, or to the same: exact, also of both text encoders."""
+    lora, path = random_lora([*ATTENTION, *OTHERS, *TEXTS]), tmp_path / "lora.safetensors"
+    write_lora(path, start, lora, {})
+    names = load_file(export_lora(path, form))
+    prefixes = {name.split("_input_")[0].split(".")[0] for name in names}
+    if form == "kohya":
+        assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
+        assert any(name.startswith("lora_te1_text_model_") for name in names)
+        assert any(name.startswith("lora_te2_text_model_") for name in names)
+        assert not any("down_blocks" in name or "lora_te_" in name for name in names)
+    else:
+        assert prefixes == {"unet", "text_encoder", "text_encoder_2"}
+    exported = tmp_path / f"lora-{form}.safetensors"
+    unet, _, texts = networks()
+    layers = load_loras([(exported, 1.0)], unet, texts)
+    assert layers.keys() == lora.keys()
+    wanted = output(*added_by_hand(lora)[::2])
+    assert (wanted - output(*networks()[::2])).abs().max() > 0.01
+    assert_same(output(unet, texts), wanted, atol=1e-6)
+    theirs = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float64)
+    theirs.load_lora_weights(exported)
+    assert_same(their_output(theirs), wanted, atol=1e-6)
+    back = export_lora(exported, start)
+    assert_same_file(back, path)
+
+
+def test_kohya_names_and_shapes_are_those_of_a_real_file():
+    """All 788 layers that a file of XL can have, three tensors each."""
+    real = {}
+    for line in (Path(__file__).parent / "data" / "sdxl_kohya.txt").read_text().splitlines():
+        if line[0] != "#":
+            name, *parts = line.split()
+            star = re.search(r"\*(\d+)", name)
+            for i in range(int(star[1])) if star else [0]:
+                layer = "lora_unet_" + (name.replace(star[0], str(i)) if star else name)
+                down, up = (tuple(int(n) for n in part.replace("r", "7").split(",")) for part in parts)
+                real.update({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": ()})
+    with torch.device("meta"):
+        unet = UNet(REAL)
+        layers = {}
+        for name in lora_modules(unet):
+            w = unet.get_submodule(name).weight
+            layers[name] = torch.empty(7, *w.shape[1:]), torch.empty(len(w), 7, *[1] * (w.ndim - 2)), 7.0
+    state, metadata = kohya_form(layers)
+    ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    left = {name.partition(".")[0] for name in ours.keys() - real.keys()}
+    assert len(real) == 3 * 788 and real.items() <= ours.items()
+    untrained = "input_blocks_0_0 time_embed_0 time_embed_2 label_emb_0_0 label_emb_0_2 out_2"      # by kohya
+    assert left == {f"lora_unet_{name}" for name in untrained.split()}
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert len(add_lora(unet, 4)) == 560 and kohya_name("text_model.a") == "lora_te_text_model_a"
+
+
+def test_sample_draws_and_merges_with_a_lora_of_all_three_networks(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lora = random_lora([*ATTENTION, *TEXTS])
+    write_lora("lora.safetensors", "kohya", lora, {})
+    given = ["--prompt", "a fox", "--num", "1", "--steps", "3", "--guidance", "2", "--device", "cpu", "--seed", "5"]
+    sample.main(["--weights", str(file), "--lora", "lora.safetensors", *given])
+    sample.main(["--weights", str(file), "--lora", "lora.safetensors", "--merge", "merged.safetensors"])
+    sample.main(["--weights", "merged.safetensors", *given, "--out", "merged"])
+    sample.main(["--weights", str(file), *given, "--out", "base"])
+    assert load_file("merged.safetensors").keys() == load_file(file).keys()
+    merged = load_stable_diffusion("merged.safetensors", dtype=torch.float64)
+    for ours, wanted in zip((merged.unet, merged.text_encoder), added_by_hand(lora)[::2]):
+        for name, tensor in wanted.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    with_lora, merged, base = (np.asarray(Image.open(f"{name}/0000.png")).astype(int)
+                               for name in ("samples", "merged", "base"))
+    assert abs(with_lora - merged).max() <= 1 and abs(with_lora - base).max() > 5
+
+
+# ---- runs, sizes, where the weights are
+
+def test_a_run_trains_xl_and_resumes_exactly(file, tmp_path):
+    more = "--guidance", "3", "--kl-weight", "0.1"
+    train.main(arguments(file, tmp_path / "whole", *more, epochs=2))
+    train.main(arguments(file, tmp_path / "halves", *more, epochs=1))
+    train.main(["--resume", str(tmp_path / "halves"), "--epochs", "2"])
+    lines = metrics(tmp_path / "whole")
+    assert lines == metrics(tmp_path / "halves")
+    assert [line["max_ratio_error"] for line in lines] == [0.0, 0.0] and all(line["grad_norm"] > 0 for line in lines)
+    assert len(load_file(tmp_path / "whole" / "lora.safetensors")) == 2 * len(ATTENTION)
+
+
+def test_the_whole_unet_is_trained_and_saved_as_a_model_of_xl(file, tmp_path):
+    train.main(arguments(file, tmp_path / "run", "--trainable", "full", "--lr", "1e-3", epochs=1))
+    trained, before = load_file(tmp_path / "run" / "model.safetensors"), load_file(file)
+    assert trained.keys() == before.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(trained[name], tensor.float())}
+    assert "model.diffusion_model.label_emb.0.0.weight" in changed
+    assert all(name.startswith("model.diffusion_model.") for name in changed)
+
+
+@pytest.mark.parametrize("size, wanted", [("24x12", (12, 24)), ("10", (10, 10)), ("", (16, 16))])
+@pytest.mark.parametrize("model", ["file", "tiny_file"])
+def test_a_run_trains_pictures_of_the_size_asked_for(size, wanted, model, tmp_path, request):
+    """Width first, of XL and of 1.x; the evaluation's pictures, too."""
+    train.main(arguments(request.getfixturevalue(model), tmp_path / "run", "--size", size, epochs=1))
+    shapes = [pictures["images"].shape[1:3] for pictures in [np.load(tmp_path / "run" / "before.npz")]]
+    assert shapes == [wanted] and metrics(tmp_path / "run")[0]["max_ratio_error"] == 0
+
+
+@pytest.mark.parametrize("size, words", [("31x16", "multiples of 2"), ("16x", "expected WIDTHxHEIGHT"),
+                                         ("5000", "up to 4096 pixels")])
+def test_a_size_that_does_not_divide_is_refused_before_a_run_begins(size, words, tiny_file, tmp_path):
+    with pytest.raises(InputError, match=f"--size {size}: .*{words}"):
+        train.main(arguments(tiny_file, tmp_path / "run", "--size", size))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_autoencoder_is_never_of_16_bits_and_decodes_what_overflows_there(file, tmp_path):
+    unet, vae, texts = networks()
+    vae.decoder.conv_in.weight.mul_(1e6)
+    save_single_file(tmp_path / "a.safetensors", unet, vae, texts, torch.float32, 16)
+    for dtype in (torch.float16, torch.bfloat16):
+        model = load_stable_diffusion(tmp_path / "a.safetensors", dtype=dtype)
+        assert next(model.vae.parameters()).dtype == torch.float32
+        assert next(model.unet.parameters()).dtype == next(model.text_encoder.parameters()).dtype == dtype
+    assert next(load_stable_diffusion(file, dtype=None).vae.parameters()).dtype == torch.float64
+    drawn = sample_trajectories(Policy(model, ddim_steps(2), 2.0), ["a fox"], [0], cut(1, 1), keep="images")
+    assert drawn.images.std() > 0
+
+
+def test_weights_visit_the_device_and_come_home_also_after_an_error(monkeypatch):
+    """A GPU is played by copies on the CPU: in the block the weights are copies, afterwards the same memory."""
+    network, there = torch.nn.Linear(3, 2), torch.device("cuda")
+    home = [p.data_ptr() for p in network.parameters()]
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, place: self.clone() if place == there else self)
+    with pytest.raises(RuntimeError, match="full"):
+        with device.visiting(network, there):
+            assert not set(home) & {p.data_ptr() for p in network.parameters()}
+            raise RuntimeError("the memory is full")
+    assert [p.data_ptr() for p in network.parameters()] == home
+    with device.visiting(network, torch.device("cpu")):
+        assert [p.data_ptr() for p in network.parameters()] == home
+
+
+def test_on_a_gpu_only_the_unet_stays(file, monkeypatch):
+    """Text encoders and autoencoder are loaded to the CPU, and visit where the UNet is when they work."""
+    placed, visits = {}, []
+    assign = weights._assign
+    monkeypatch.setattr(weights, "_assign", lambda network, tensors, path, part, where, dtype: (
+        placed.update({part: str(where)}), assign(network, tensors, path, part, "cpu", dtype)))
+    model = load_stable_diffusion(file, "cuda", prediction="eps")
+    assert placed == dict(unet="cuda", vae="cpu", text="cpu", text_2="cpu")
+    for module in (weights, vae_module):
+        monkeypatch.setattr(module, "visiting", lambda network, where: (
+            visits.append((type(network).__name__, where.type)), nullcontext())[1])
+    sample_trajectories(Policy(model, ddim_steps(2), 1.0), ["a fox", "a cat"], [0, 1], cut(2, 1))
+    assert visits == [("TextEncoders", "cpu"), ("VAE", "cpu"), ("VAE", "cpu")]
