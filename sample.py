@@ -48,8 +48,8 @@ def parse(arguments):
                              "kohya (and AUTOMATIC1111, ComfyUI)")
     parser.add_argument("--merge", default="", metavar="FILE", help="write a complete model with the LoRA in it, "
                         "one .safetensors file, each tensor in its dtype in --weights")
-    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x or 2.x file, diffusers folder "
-                        "or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x, 2.x or XL file, diffusers "
+                        "folder or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
     parser.add_argument("--prediction", default="", choices=PREDICTIONS, help="of the UNet: eps (the noise), v, or "
                         "v_zsnr (v, and nothing of the picture is left at t = 999) (what its files say)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, up to 2^32 - 1; the next ones count "

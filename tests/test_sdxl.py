@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+import test_memory
 import train
 from conftest import cut, randomise, their_text, their_unet, their_vae
-from ddpo_min import device, layout, weights
+from ddpo_min import bench, device, layout, weights
 from ddpo_min import vae as vae_module
+from ddpo_min.cli import make_settings
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.files import InputError
 from ddpo_min.interchange import export_lora, kohya_form, kohya_name, lora_modules, write_lora
 from ddpo_min.lora import add_lora, load_loras
 from ddpo_min.policy import Policy
 from ddpo_min.rollout import sample_noise, sample_trajectories
+from ddpo_min.settings import Settings
 from ddpo_min.text import TextConfig, TextEncoder, TextEncoders, tokenize
 from ddpo_min.unet import UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
@@ -623,3 +627,77 @@ def test_on_a_gpu_only_the_unet_stays(file, monkeypatch):
             visits.append((type(network).__name__, where.type)), nullcontext())[1])
     sample_trajectories(Policy(model, ddim_steps(2), 1.0), ["a fox", "a cat"], [0, 1], cut(2, 1))
     assert visits == [("TextEncoders", "cpu"), ("VAE", "cpu"), ("VAE", "cpu")]
+
+
+# ---- memory
+
+def test_the_most_memory_at_once_is_counted_as_by_hand():
+    """A weight of 40 kB and steps of 4 kB: two of them are alive at once, with gradients all that are saved.
+
+    At the end of the backward pass: the weight and its gradient, x and the gradient of x @ weight, and two numbers.
+    """
+    weight, x = torch.nn.Parameter(torch.empty(100, 100, device="meta")), torch.empty(10, 100, device="meta")
+    network = SimpleNamespace(parameters=lambda: [weight])
+    with bench.Peak(network) as peak, torch.no_grad():
+        y = x @ weight
+        for _ in range(3):
+            y = y + 1
+    assert (peak.most, peak.now) == (48_000, 44_000)
+    with bench.Peak(network) as peak:
+        y = (x @ weight).exp().exp().exp()         # exp saves its result
+        assert peak.now == 40_000 + 3 * 4_000
+        y = y.sum()
+        y.backward()
+    assert peak.most == 2 * 40_000 + 2 * 4_000 + 2 * 4
+
+
+@pytest.mark.parametrize("size", ["sdxl", "sd15"])
+def test_memory_is_counted_for_each_phase(size, monkeypatch, capsys):
+    def small(size):
+        with torch.device("meta"):
+            if size == "sdxl":
+                return UNet(UNET), VAE(VAE_), TextEncoders(TextEncoder(TEXT), TextEncoder(TEXT_2))
+            return UNet(replace(UNET, pooled=0)), VAE(VAE_), TextEncoder(replace(TEXT, width=40))
+
+    monkeypatch.setattr(bench, "networks", small)
+    unet, vae, text = (sum(p.numel() for p in network.parameters()) / 1e9 for network in small(size))
+    given = dict(preset="laptop", updates=1, samples=2, batch=2, steps=2, guidance=5.0, dtype="bfloat16")
+    plain, checkpointed, larger = (bench.count_memory(size, Settings(**{**given, **more})) for more in (
+        {}, dict(checkpointing=True), dict(rank=8)))
+    for found in (plain, checkpointed, larger):
+        assert found["training"]["UNet"] == pytest.approx(2 * unet)
+        assert found["decoding"]["autoencoder"] == pytest.approx((4 if size == "sdxl" else 2) * vae)
+        assert found["encoding prompts"]["text encoder"] == pytest.approx(2 * text)
+        assert ("text encoder" in found["training"]) == (size == "sd15")
+    lora = "LoRA, its gradient and AdamW's two moments"
+    parameters = sum(4 * sum(unet.get_submodule(name).weight.shape) for unet in small(size)[:1] for name in ATTENTION)
+    assert plain["training"][lora] == pytest.approx(4 * 4 * parameters / 1e9)
+    assert larger["training"][lora] == pytest.approx(2 * plain["training"][lora])
+    assert 0 < checkpointed["training"]["activations"] < 0.7 * plain["training"]["activations"]
+    bench.main(["--size", size, "--count"])
+    out = capsys.readouterr().out
+    assert out.count(" GB: UNet ") == 3 and f"{size}, bfloat16" in out and "counted, not measured" in out
+
+
+def test_the_bench_writes_a_random_file_of_xl_and_counts_its_operations(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "networks", lambda size: [network.to("meta") for network in networks()])
+    bench.random_file(tmp_path / "a.safetensors", "sdxl")
+    model = load_stable_diffusion(tmp_path / "a.safetensors")
+    assert model.image_size == 1024 and model.unet.config == UNET
+    sampling, training = bench.flops(replace(model, shape=(8, 8)), Settings(steps=2, guidance=5.0))
+    assert training > sampling > 0
+
+
+def test_every_tensor_of_xl_meets_others_on_its_own_device_only(file, monkeypatch):
+    """An epoch of sampling and both updates with tensors that have a device but no values, as of 1.x."""
+    test_memory.test_every_tensor_meets_others_on_its_own_device_only(file, monkeypatch)
+
+
+# ---- the preset
+
+def test_the_preset_of_xl_is_the_public_run_it_names():
+    s = make_settings(weights="a/b", preset="sdxl_lora")
+    assert (s.steps, s.guidance, s.eta, s.rank, s.lr) == (20, 5.0, 1.0, 64, 1e-5)
+    assert (s.beta1, s.beta2, s.weight_decay, s.adam_eps, s.grad_clip) == (0.9, 0.999, 1e-4, 1e-8, 1.0)
+    assert s.batch == 1 and s.checkpointing and s.dtype == "bfloat16" and s.guidance_in_training
+    assert s.clip_range * 4 * 128 * 128 == pytest.approx(1e-4 * 4 * 64 * 64)
