@@ -82,8 +82,8 @@ def parse(arguments):
         raise InputError(f"--repeat {args['repeat']}: expected 1 or more")
     size, repeat, against, where, count, device = (
         args.pop(name) for name in ("size", "repeat", "against", "profile", "count", "device"))
-    if count and size == "shipped":
-        raise InputError("--count: needs --size sd15 or sdxl")
+    if count and (size == "shipped" or args["batch"] == 0):
+        raise InputError("--count: needs --size sd15 or sdxl, and a number for --batch")
     kind = pick_device(device).type
     values = SIZES[size + ("_gpu" if size != "shipped" and (count or kind == "cuda") else "")]
     given = {name: value for name, value in args.items() if value is not None}

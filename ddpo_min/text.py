@@ -173,7 +173,7 @@ class TextEncoder(nn.Module):
         context: forward(token_ids), (B, N, width); returns (B, projection).
         """
         end = (token_ids == END_OF_TEXT).int().argmax(dim=1)        # the first
-        x = self.text_model.encoder(context, rest=True)[torch.arange(len(end)), end]
+        x = self.text_model.encoder(context, rest=True)[torch.arange(len(end), device=end.device), end]
         return self.text_projection(self.text_model.final_layer_norm(x))
 
     def tokens(self, prompts):

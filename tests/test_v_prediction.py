@@ -21,6 +21,7 @@ from ddpo_min.files import InputError
 from ddpo_min.lora import add_lora, save_lora
 from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
+from ddpo_min.prompts import find_prompts, held_out
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.schedule import alphas_cumprod
 from ddpo_min.v_prediction import LAST, PREDICTIONS, eps_from_v, zero_terminal_snr
@@ -261,5 +262,9 @@ def test_a_run_trains_a_model_of_v(v_file, tmp_path, more):
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     if "rwr" not in more:
         assert [line["max_ratio_error"] for line in lines] == [0.0, 0.0] and lines[-1]["kl_to_base"] > 0
-    details = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert details["prediction"] == ""
+    settings, model = json.loads((tmp_path / "run" / "config.json").read_text()), load_stable_diffusion(v_file)
+    assert settings["prediction"] == ""
+    policy = Policy(model, ddim_steps(3, alpha_bar=model.alpha_bar), 1.0)       # the evaluation drew by v's schedule
+    prompts, seeds = held_out(find_prompts("animals"), 5)
+    drawn = sample_trajectories(policy, prompts, seeds, cut(5, 4), keep="images")
+    assert np.array_equal(np.load(tmp_path / "run" / "before.npz")["images"], drawn.images)
