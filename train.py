@@ -54,7 +54,7 @@ def train(settings, reward=None):
     device = pick_device(settings.device, settings.dtype)
     run = Run(settings)
     model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype),
-                                  prediction=settings.prediction, size=settings.size)
+                                  settings.prediction, settings.size)
     print(f"  {model.report}, on {device}")
     scorer = make_scorer(settings.reward, settings.watch, model, device, own=reward, prompts=prompts_to_train,
                          small=is_small(settings.weights), vlm=settings.part("vlm_"), clip=dict(

@@ -70,9 +70,9 @@ FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")     # dtypes of 
 # Tensors of a single file that belong to no network here: moving averages, buffers of the noise schedule, position ids,
 # V_KEYS, and CLIP's projection and logit scale, but for XL's second projection.
 SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one_minus|logvar|posterior_|sqrt_)"
-                     r"|(cond_stage_model|conditioner\.embedders\.0)\.((model|transformer)\.)?(logit_scale|text_projection|attn_mask)"
-                     r"|conditioner\.embedders\.1\.(model\.)?(logit_scale|attn_mask)|embedding_manager\.|denoiser\.sigmas$"
-                     r"|(v_pred|ztsnr)$")
+                     r"|(cond_stage_model|conditioner\.embedders\.0)\.((model|transformer)\.)?text_projection"
+                     r"|(cond_stage_model|conditioner\.embedders\.[01])\.((model|transformer)\.)?(logit_scale|attn_mask)"
+                     r"|embedding_manager\.|(denoiser\.sigmas|v_pred|ztsnr)$")
 
 
 def open_safetensors(path):
@@ -150,7 +150,7 @@ def open_single_file(path, prediction=""):
                          f"{SUPPORTED}")
     sources = {part: _lazy(path, renamed) for part, renamed in names.items() if renamed or part != "text_2"}
     for part in sources.keys() & {"text", "text_2"}:
-        sources[part] = _split_in_proj(path, names[part], sources[part])
+        sources[part] = _from_openclip(path, names[part], sources[part])
     prediction = prediction or _prediction(path, "v" if "v_pred" in found else metadata.get(PREDICTION),
                                            zero_snr="ztsnr" in found)
     if "alphas_cumprod" in found:       # checkpoints of a training have their schedule
@@ -179,9 +179,9 @@ def _prefixes(found):
             layout.openclip_prefixes(text_layers))
 
 
-def _split_in_proj(path, names, tensors):
-    """`tensors` with q, k and v instead of OpenCLIP's in_proj, which stacks their rows, and its text_projection, which
-    stands on the right of what it multiplies, as a linear layer's weight; names: see _lazy()."""
+def _from_openclip(path, names, tensors):
+    """`tensors` with q, k and v instead of OpenCLIP's in_proj, which stacks their rows, and with the transpose of its
+    text_projection; names: see _lazy()."""
     split = dict(tensors)
     for name, old, file in names:
         if old.endswith(".text_projection"):

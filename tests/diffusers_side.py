@@ -1,7 +1,9 @@
 """diffusers' networks in our sizes: reference of the tests and of python -m ddpo_min.bench."""
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 
@@ -34,6 +36,16 @@ def diffusers_vae(c):
         norm_num_groups=c.groups, scaling_factor=c.latent_scale)
 
 
+def predict(unet, c, x, t, context):
+    """What diffusers' UNet says, of the sizes of a UNetConfig; XL's context has the pooled text in its last row."""
+    if not c.pooled:
+        return unet(x, t, encoder_hidden_states=context).sample
+    height, width = (c.pixels * side for side in x.shape[-2:])
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(x), device=x.device)
+    added = dict(text_embeds=context[:, -1, :c.pooled], time_ids=sizes)
+    return unet(x, t, encoder_hidden_states=context[:, :-1], added_cond_kwargs=added).sample
+
+
 def diffusers_policy(model, settings):
     """(a Policy whose networks are diffusers', with our weights and PEFT's LoRA, its parameters)."""
     device, dtype = model.unet.conv_in.weight.device, model.unet.conv_in.weight.dtype
@@ -43,7 +55,7 @@ def diffusers_policy(model, settings):
         network.load_state_dict(state)
         network.requires_grad_(False)
         for p in network.parameters():      # .to() would warn about modules kept in float32; there are none
-            p.data = p.data.to(device, dtype)
+            p.data = p.data.to(device, dtype if network is unet else model.vae.post_quant_conv.weight.dtype)
     unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian",
                                 target_modules=list(TARGETS)))
     if settings.checkpointing:
@@ -53,7 +65,7 @@ def diffusers_policy(model, settings):
     decoder = SimpleNamespace(config=model.vae.config, post_quant_conv=vae.post_quant_conv, parameters=vae.parameters,
                               decode=lambda latent: vae.decode(latent / scale).sample)
     policy = Policy(replace(model, vae=decoder), ddim_steps(settings.steps), settings.guidance)
-    policy.predict = lambda x, t, context: unet(x, t, encoder_hidden_states=context).sample
+    policy.predict = partial(predict, unet, model.unet.config)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()

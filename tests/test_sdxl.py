@@ -32,6 +32,7 @@ from ddpo_min.text import TextConfig, TextEncoder, TextEncoders, tokenize
 from ddpo_min.unet import UNet, UNetConfig
 from ddpo_min.vae import VAE, VAEConfig
 from ddpo_min.weights import _original_text, load_stable_diffusion, save_single_file
+from diffusers_side import diffusers_policy
 from test_interchange import assert_same_file, header
 from test_train import arguments, metrics
 from test_weights import read_layout
@@ -731,6 +732,20 @@ def test_the_bench_writes_a_random_file_of_xl_and_counts_its_operations(tmp_path
     assert model.image_size == 1024 and model.unet.config == UNET
     sampling, training = bench.flops(replace(model, shape=(8, 8)), Settings(steps=2, guidance=5.0))
     assert training > sampling > 0
+
+
+def test_the_benchs_other_side_does_the_same_work(file):
+    """diffusers' networks with our weights: same noise, same pictures, also of a wide one."""
+    model = load_stable_diffusion(file, size="24x16")
+    settings = Settings(samples=2, updates=1, steps=2, guidance=2.0)
+    theirs, trained = diffusers_policy(model, settings)
+    ours, x_t = Policy(model, theirs.steps, 2.0), unet_input()[0][:2].float()
+    context = model.encode_prompts(PROMPTS[:2])
+    assert_same(ours.eps(x_t, 500, context, 2.0), theirs.eps(x_t, 500, context, 2.0), atol=1e-4)
+    ours, theirs = (vae_module.decode_images(p.model.vae, x_t).astype(int) for p in (ours, theirs))
+    assert abs(ours - theirs).max() <= 1
+    assert sum(p.numel() for p in trained) == sum(p.numel() for layer in add_lora(model.unet, 4).values()
+                                                  for p in (layer.lora_A.weight, layer.lora_B.weight))
 
 
 # ---- the preset
