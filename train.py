@@ -51,7 +51,8 @@ def train(settings, reward=None):
     prompts_held_out = evaluation_prompts(settings.eval_prompts, prompts_to_train)
     device = pick_device(settings.device, settings.dtype)
     run = Run(settings)
-    model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
+    model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype),
+                                  settings.prediction, settings.size)
     print(f"  {model.report}, on {device}")
     scorer = make_scorer(settings.reward, settings.watch, model, device, own=reward, prompts=prompts_to_train,
                          small=is_small(settings.weights), **settings.reward_models)
@@ -61,8 +62,8 @@ def train(settings, reward=None):
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
                       scale_loss=settings.dtype == "float16", ema=settings.ema)
     # log_p_old is computed with training's guidance, too (1.0 is none): the first ratio is 1 all the same
-    policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, lora=learner.lora,
-                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
+    policy = Policy(model, ddim_steps(settings.steps, settings.eta, model.alpha_bar), settings.guidance,
+                    lora=learner.lora, training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
     minibatch = settings.samples // settings.updates
     settings = run.settings = replace(settings, batch=prepare(          # --batch auto becomes a number
         policy, learner.optimizer.parameters, batch=settings.batch, minibatch=minibatch,

@@ -22,7 +22,7 @@ from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
 from .text import cut_prompts
-from .weights import is_small
+from .weights import is_small, parse_size
 
 DESCRIPTION = """Train a text-to-image diffusion model on a reward, by DDPO.
 Defaults are those of the preset laptop, for the shipped model. In brackets:
@@ -336,11 +336,14 @@ def _check_values(s):
     """Each setting by itself."""
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed:
-            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of {', '.join(allowed)}")
+            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of "
+                             f"{', '.join(filter(None, allowed))}")
     for words, fits, names in RANGES:
         for name in names:
             if not fits(getattr(s, name)):
                 raise InputError(f"{flag(name)} {getattr(s, name)}: expected {words}")
+    if s.size:
+        parse_size(s.size)
 
 
 def _check_minibatches(s):

@@ -8,16 +8,15 @@ import torch
 
 from .losses import ddpo_is_loss, matching_log_prob, nft_loss, ram_loss
 from .metrics import Metrics
-from .schedule import alphas_cumprod
 
 
-def velocity_units(step_weights):
+def velocity_units(step_weights, a):
     """The units of the papers, whose models predict a velocity: (scale, weight) of each timestep, float64 (1000,).
 
     v_hat - v = scale (eps_hat - eps), scale = 1 / (1 - tau), weight = tau = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a))
-    step_weights: "paper" for these; "even" for ones, so that errors of the noise count alike at all timesteps.
+    step_weights: "paper" for these; "even" for ones, so that errors of the noise count alike at all timesteps; a: the
+    schedule alpha_bar_t, float64 (1000,).
     """
-    a = alphas_cumprod()
     tau = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
     return (1 / (1 - tau), tau) if step_weights == "paper" else (torch.ones_like(a), torch.ones_like(a))
 
@@ -34,12 +33,13 @@ def forward_process_update(policy, optimizer, trajectories, advantages, rng, *, 
     see velocity_units(); clip_range, power: awm's; beta: nft's. Returns the metrics of docs/metrics.md, {name: number}.
     """
     advantages = torch.as_tensor(advantages).to(trajectories.log_p_old)
-    scales, weights = (numbers.to(advantages) for numbers in velocity_units(step_weights))
+    alpha_bar = policy.model.alpha_bar
+    scales, weights = (numbers.to(advantages) for numbers in velocity_units(step_weights, alpha_bar))
     times, guidance, metrics = policy.steps.t if grid else range(len(scales)), policy.training_guidance, Metrics()
     with optimizer.epoch():
         for minibatch in plan.noised_minibatches(rng, times, timesteps):
             for samples, t, seeds, part in minibatch:
-                x_t, t, eps, context = trajectories.noised(samples, t, seeds)
+                x_t, t, eps, context = trajectories.noised(samples, t, seeds, alpha_bar)
                 A, weight, scale = advantages[samples], weights[t], scales[t][:, None, None, None]
                 with torch.no_grad(), optimizer.old_policy():
                     v_old = scale * policy.eps(x_t, t, context, guidance)

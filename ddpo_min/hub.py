@@ -10,6 +10,7 @@ HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.(?:safetensors|pt)))?")
 # The networks of a diffusers folder: our name, folder, file name without its extension
 PARTS = (("unet", "unet", "diffusion_pytorch_model"), ("vae", "vae", "diffusion_pytorch_model"),
          ("text", "text_encoder", "model"))
+PARTS_XL = (*PARTS, ("text_2", "text_encoder_2", "model"))
 
 # A network's file after that name, in the order of preference; an index names the files that the tensors are split over
 ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
@@ -34,7 +35,8 @@ def fetch(path):
     if file:
         return _download(repo, file)
     _download(repo, SCHEDULER, optional=True)
-    for _, folder, stem in PARTS:
+    unet = read_json(_download(repo, "unet/config.json"))
+    for _, folder, stem in PARTS_XL if unet.get("addition_embed_type") else PARTS:
         config = _download(repo, f"{folder}/config.json")
         weights = _download(repo, *(f"{folder}/{stem}{ending}" for ending in ENDINGS))
         for shard in shards(weights):

@@ -64,4 +64,4 @@ class Learner:
         else:
             model = self.model
             save_single_file(path, model.unet, model.vae, model.text_encoder, torch.float32,
-                             model.image_size, **story)
+                             model.image_size, model.prediction, **story)

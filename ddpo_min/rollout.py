@@ -4,7 +4,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .schedule import alphas_cumprod
 from .vae import decode_images
 
 
@@ -36,14 +35,14 @@ class Trajectories:
         x_t, x_prev = (self.latents[rows, k].to(self.contexts.device) for k in (i, i + 1))
         return x_t, x_prev, self.log_p_old[rows, i], self.context(samples)
 
-    def noised(self, samples, t, seeds):
+    def noised(self, samples, t, seeds, alpha_bar):
         """Their finished latents, noised anew to timestep t[b] by the noise of seeds[b]: (x_t, t, eps, context).
 
         x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps    [DDPM Eq. 4]
         """
         x_0, t = self.x_0(samples), torch.as_tensor(t)
         eps = sample_noise(seeds, 0, x_0.shape[1:])[:, 0].to(x_0)
-        alpha_bar_t = alphas_cumprod()[t].to(x_0)[:, None, None, None]
+        alpha_bar_t = alpha_bar[t].to(x_0)[:, None, None, None]
         x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
         return x_t, t.to(x_0.device), eps, self.context(samples)
 
@@ -59,13 +58,12 @@ def sample_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, latent_shape=None):
+def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None):
     """Draw a picture for each prompt and keep how it came about.
 
     prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
     to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
-    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn;
-    latent_shape: (h, w), the model's own if None.
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn.
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -73,7 +71,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     unique = sorted(set(prompts))
     contexts, which = model.encode_prompts(unique), torch.tensor([unique.index(prompt) for prompt in prompts])
-    height, width = latent_shape or (model.latent_size, model.latent_size)
+    height, width = model.shape
     # Of nothing: a process may have no sample at all
     latents = [torch.empty(0, T + 1 if keep == "path" else 1, 4, height, width, dtype=place["dtype"])]
     log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]

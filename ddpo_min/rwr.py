@@ -54,7 +54,7 @@ def rwr_update(policy, optimizer, trajectories, weights, rng, *, plan):
     metrics = Metrics()
     for minibatch in plan.random_minibatches(weights, rng):
         for samples, t, seeds, part in minibatch:
-            x_t, t, eps, context = trajectories.noised(samples, t, seeds)
+            x_t, t, eps, context = trajectories.noised(samples, t, seeds, policy.model.alpha_bar)
             weight = torch.as_tensor(weights[samples]).to(x_t)
             loss = rwr_loss(policy.eps(x_t, t, context, policy.training_guidance), eps, weight)
             optimizer.backward(part * loss)

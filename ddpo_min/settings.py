@@ -4,6 +4,8 @@ ddpo_min/cli.py makes the command line from it: the sections are the groups of -
 """
 from dataclasses import dataclass, fields
 
+from .v_prediction import PREDICTIONS
+
 
 @dataclass
 class Settings:
@@ -12,7 +14,7 @@ class Settings:
     # Most often changed
     reward: str = "jpeg"  # jpeg, incompressible, aesthetic, clip, hps, pickscore, vlm, FILE.py:NAME; sum: clip=9,jpeg=1
     prompts: str = "animals"        # animals (45), imagenet_animals, activities, counting, dpok, or a text file
-    weights: str = ""               # Stable Diffusion 1.x or 2.x: a file, diffusers folder or Hub name; empty: shipped
+    weights: str = ""               # Stable Diffusion 1.x, 2.x, XL: file, diffusers folder or Hub name; empty: shipped
     epochs: int = 8                 # how often to sample, score and train [code: 100]
     lr: float = 3e-3                # learning rate; full has its own [1e-5 for the whole UNet; code: 3e-4 for LoRA]
     out: str = ""                   # folder of the run; empty: runs/REWARD, numbered if it exists
@@ -27,6 +29,8 @@ class Settings:
     steps: int = 8                  # denoising steps T [50]
     guidance: float = 1.0           # scale of classifier-free guidance; 1 is none [5.0]
     guidance_in_training: bool = True  # train with sampling's guidance; without it the paper's runs collapse [on]
+    prediction: str = ""            # of the UNet: eps (the noise), v or v_zsnr, see docs; empty: what its files say
+    size: str = ""                  # of the pictures, WIDTHxHEIGHT in pixels, or one number; empty: the model's own
     eta: float = 1.0                # scale of DDIM's noise, 0 to 1; above 0 for ddpo_is and ddpo_sf [code: 1.0]
     # Learning
     updates: int = 4                # optimizer steps (minibatches) an epoch, each on an equal part of the samples [4]
@@ -119,6 +123,10 @@ SD_LORA = dict(samples=256, steps=50, guidance=5.0, epochs=100, updates=4, batch
                eval_samples=32, show_every=10, dtype="bfloat16", step_weights="paper", timestep_fraction=1.0,
                beta2=0.999, prompt_buffer=32, prompt_minimum=16, inverse_temperature=0.2)
 PAPER = {**SD_LORA, "prompts": "imagenet_animals", "trainable": "full", "lr": 1e-5, "dtype": "float32"}
+# For XL: steps, guidance, rank, learning rate and optimizer of SPO's public run on SDXL (github.com/RockeyCoss/SPO,
+# configs/spo_sdxl_4k-prompts_num-sam-2_3-is_10ep_bs2_gradacc2.py), the rest as above; not run here. The clip range is
+# that of 512 pixels: the log-probability is a mean over four times as many dimensions.
+SDXL_LORA = dict(steps=20, rank=64, lr=1e-5, clip_range=2.5e-5, batch=1, checkpointing=True)
 # 10,240 samples where the paper has 10,000, so that its 400 minibatches of 128 come out even
 PAPER_RWR = {**PAPER, "samples": 10_240, "updates": 80, "inner_epochs": 5, "epochs": 10}
 
@@ -150,6 +158,7 @@ PRESETS = {
     "sd_lora_aesthetic": {**SD_LORA, "reward": "aesthetic", "epochs": 200, "updates": 2},
     "sd_lora_alignment": {**SD_LORA, "reward": "vlm", "prompts": "activities", "samples": 288, "epochs": 200,
                           "updates": 2},
+    "sdxl_lora": {**SD_LORA, **SDXL_LORA},
     "paper_ddpo_is": PAPER,
     "paper_ddpo_sf": {**PAPER, "algorithm": "ddpo_sf", "updates": 1},
     "paper_rwr": {**PAPER_RWR, "algorithm": "rwr"},
@@ -165,4 +174,4 @@ FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset 
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(preset=tuple(PRESETS), algorithm=tuple(ALGORITHMS), trainable=("lora", "full"),
                step_weights=("even", "paper"), normalise=("prompt", "group", "epoch"),
-               device=("auto", "cpu", "cuda", "mps"), dtype=DTYPES)
+               prediction=("", *PREDICTIONS), device=("auto", "cpu", "cuda", "mps"), dtype=DTYPES)

@@ -77,7 +77,7 @@ def matching_gradients(policy, parameters, trajectories, advantages, timesteps, 
     total = torch.zeros(len(advantages) // GROUP, sum(p.numel() for p in parameters))
     minibatch, = Plan(len(advantages), 1, GROUP).noised_minibatches(rng, range(1000), timesteps)
     for samples, t, seeds, _ in tqdm(minibatch, "gradients", len(total) * timesteps):
-        x_t, t, eps, context = trajectories.noised(samples, t, seeds)
+        x_t, t, eps, context = trajectories.noised(samples, t, seeds, policy.model.alpha_bar)
         log_p = matching_log_prob(policy.eps(x_t, t, context, policy.training_guidance), eps, weight=1.0)
         value = ddpo_sf_loss(log_p, advantages[samples])
         total[samples.start // GROUP] += torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])

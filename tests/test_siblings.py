@@ -110,7 +110,7 @@ def scene(request):
     hat, old, base = (eps + 0.3 * error for error in off)
     clean = [x0_hat(x_t, e, a) for e in (hat, old, base, eps)]
     velocity = [e - x for e, x in zip((hat, old, base, eps), clean)]
-    scale, weight = (numbers[t] for numbers in velocity_units("paper"))
+    scale, weight = (numbers[t] for numbers in velocity_units("paper", alphas_cumprod()))
     return SimpleNamespace(t=t, a=a, scaled=[scale * e for e in (hat, old, base, eps)], weight=weight.expand(3),
                            clean=clean, velocity=velocity, advantage=torch.tensor([2.0, -5.0, 0.5]).double())
 
@@ -125,7 +125,7 @@ def test_scaled_errors_of_noise_are_errors_of_the_straight_paths_velocity(scene)
     assert torch.allclose(scene.scaled[0] - scene.scaled[3], hat - v)
     got = matching_log_prob(scene.scaled[0], scene.scaled[3], scene.weight, 0.25)
     assert torch.allclose(got, -tau / 0.25 * mean((hat - v) ** 2) ** 0.25)                  # "ghuber" of AWM's code
-    ones = velocity_units("even")
+    ones = velocity_units("even", alphas_cumprod())
     assert all((numbers == 1).all() and numbers.shape == (1000,) for numbers in ones)
 
 

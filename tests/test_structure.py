@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    "schedule ddim layers layout settings files processes device",
+    "schedule v_prediction ddim layers layout settings files processes device",
     "lora weights checkpoint interchange hub unet vae text prompts chat",
     "policy rollout plan advantages losses rewards clip_rewards preference_rewards vlm",
     "ddpo forward_process rwr metrics optimizer learner scorer evaluation memory",
