@@ -83,7 +83,7 @@ def test_awms_first_gradient_is_the_closed_form_of_a_model_that_is_one_matrix(st
     x_0, advantages, first = 1.5 * random(N, 4) + 0.5, random(N) + 0.5, torch.zeros(N, dtype=torch.int64)
     trajectories = Trajectories(x_0.reshape(N, 1, 4, 1, 1), first[:, None].double(), torch.zeros(1, 1, 1), first,
                                 torch.arange(N), None)
-    policy = SimpleNamespace(training_guidance=1.0, steps=SimpleNamespace(t=(t,)),
+    policy = SimpleNamespace(training_guidance=1.0, model=SimpleNamespace(alpha_bar=A), steps=SimpleNamespace(t=(t,)),
                              eps=lambda x, *_: (x.flatten(1) @ W.T).view_as(x))
     before, plan = W.detach().clone(), Plan(N, 1, N)
     metrics = forward_process_update(

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, safe_open, save_file
 import sample
 import train
 from conftest import cut, random_lora_policy, tiny_networks
-from ddpo_min import rwr
+from ddpo_min import rollout, rwr
 from ddpo_min.cli import make_settings
 from ddpo_min.ddim import ddim_step, ddim_steps, x0_hat
 from ddpo_min.files import InputError
+from ddpo_min.forward_process import forward_process_update
 from ddpo_min.lora import add_lora, save_lora
 from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
@@ -118,11 +120,12 @@ def test_a_network_of_16_bits_does_not_round_the_clean_latent():
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v_zsnr"])
-def test_regression_noises_by_the_models_own_schedule(prediction, tiny_file, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["rwr", "awm"])
+def test_pictures_are_noised_anew_by_the_models_own_schedule(algorithm, prediction, tiny_file, monkeypatch):
     policy, _ = random_lora_policy(tiny_file, 2.0, 2)
     policy.model.prediction = prediction
     path, seen = sample_trajectories(policy, ["a fox"] * 4, range(4), cut(4, 4), keep="x_0"), []
-    monkeypatch.setattr(rwr, "sample_noise", lambda seeds, *rest: torch.ones(len(seeds), 1, 4, 8, 8))
+    monkeypatch.setattr(rollout, "sample_noise", lambda seeds, *rest: torch.ones(len(seeds), 1, 4, 8, 8))
     monkeypatch.setattr(policy, "eps", lambda x_t, t, *rest: (seen.append((x_t, t)), x_t.requires_grad_())[1])
 
     class Ignores:
@@ -131,8 +134,15 @@ def test_regression_noises_by_the_models_own_schedule(prediction, tiny_file, mon
 
         def step(self):
             return 0.0
-    rwr.rwr_update(policy, Ignores(), path, np.ones(4), np.random.default_rng(0), plan=Plan(4, 1, 4))
-    (x_t, t), = seen
+
+        epoch = old_policy = nullcontext
+    given = policy, Ignores(), path, np.ones(4), np.random.default_rng(0)
+    if algorithm == "rwr":
+        rwr.rwr_update(*given, plan=Plan(4, 1, 4))
+    else:
+        forward_process_update(*given, plan=Plan(4, 1, 4), algorithm=algorithm, timesteps=1, grid=False,
+                               step_weights="paper", clip_range=1.0, power=1.0, beta=1.0, advantage_clip=5.0)
+    x_t, t = seen[0]
     a = schedule(prediction == "v_zsnr").float()[t][:, None, None, None]
     x_0 = (x_t.detach() - (1 - a).sqrt()) / a.sqrt()
     distance = torch.cdist(x_0.flatten(1), path.latents[:, -1].flatten(1)).min(1).values
