@@ -60,7 +60,7 @@ def train(settings, reward=None):
                       statistics=PromptStatistics(settings.prompt_buffer, settings.prompt_minimum), seed=settings.seed,
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
-                      scale_loss=settings.dtype == "float16", ema=settings.ema)
+                      scale_loss=settings.dtype == "float16", ema=settings.ema, policy_ema=settings.policy_ema)
     # log_p_old is computed with training's guidance, too (1.0 is none): the first ratio is 1 all the same
     policy = Policy(model, ddim_steps(settings.steps, settings.eta, model.alpha_bar), settings.guidance,
                     lora=learner.lora, training_guidance=settings.guidance if settings.guidance_in_training else 1.0)

@@ -54,7 +54,7 @@ RANGES = (
      "guidance", "adam_eps", "inverse_temperature", "nft_beta", "vlm_timeout")),
     ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("timestep_fraction", "awm_power")),
     ("a number from 0 to 1", lambda x: 0 <= x <= 1, ("eta",)),
-    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2", "ema")),
+    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2", "ema", "policy_ema")),
     ("a number between 0 and 1", lambda x: 0 < x < 1, ("percentile",)),
 )
 
@@ -369,8 +369,10 @@ def _check_algorithm(s):
     if ddpo and s.eta == 0:
         raise InputError(f"--eta {s.eta}: expected a number above 0 and up to 1, because {s.algorithm} needs the "
                          "probability of what was drawn")
-    if not s.forward_process and (s.ema or s.kl_old):
-        raise InputError("--ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
+    if not s.forward_process and (s.policy_ema or s.kl_old):
+        raise InputError("--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
+    if s.ema and s.policy_ema:
+        raise InputError("--ema, --policy-ema: one average or the other; the policy of --policy-ema is one already")
     if s.algorithm == "ram" and not s.kl_weight:
         raise InputError("--algorithm ram: its loss is a pull to the base model, --kl-weight, which must be above 0")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):

@@ -27,7 +27,7 @@ def forward_process_update(policy, optimizer, trajectories, advantages, rng, *, 
 
     L = mean over the minibatch's (sample, timestep) pairs of
         [ loss + kl_weight |v_hat - v_base|^2 + kl_old |v_hat - v_old|^2 ]    (ram has kl_weight in its loss)
-    In an epoch's first optimizer step v_hat is v_old, so the ratio is exactly 1 (with --ema only nearly).
+    In an epoch's first optimizer step v_hat is v_old, so the ratio is exactly 1 (with --policy-ema only nearly).
     advantages: float (N,), within +-advantage_clip; rng: numpy Generator, of the order, timesteps and noise; plan: see
     Plan; algorithm: "awm", "nft" or "ram"; timesteps: how many a sample; grid: from the sampler's alone; step_weights:
     see velocity_units(); clip_range, power: awm's; beta: nft's. Returns the metrics of docs/metrics.md, {name: number}.

@@ -190,10 +190,15 @@ class Run:
         _, rewards, scores = drawn
         return means(rewards, scores)
 
+    def evaluated(self, evaluate):
+        """What an evaluation gives: of the average, with --ema."""
+        with self.learner.optimizer.averaged():
+            return evaluate()
+
     def between(self, evaluate):
         """What an evaluation between two epochs gives; None if a reward fails: the epoch before must not be lost."""
         try:
-            return evaluate()
+            return self.evaluated(evaluate)
         except NotFinite:
             raise
         except InputError as error:
@@ -248,7 +253,7 @@ class Run:
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
         if not self.writes:
-            self.evaluation.run()
+            self.evaluated(self.evaluation.run)
             return
         if self.has_fallen:
             above = self.folder / self.learner.file.replace(".", "_above.")
@@ -260,7 +265,7 @@ class Run:
         self.save_learned()         # these two before anything else can fail
         if self.history:
             figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
-        images, rewards, scores = self.evaluation.run()
+        images, rewards, scores = self.evaluated(self.evaluation.run)
         shown = self.evaluation.shown
         self.files.add_row(self.finished, images[shown], self.captions(rewards[shown]))
         images_before, rewards_before, scores_before = self.files.before()

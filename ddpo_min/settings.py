@@ -44,7 +44,7 @@ class Settings:
     last_step: int = 0              # last denoising step to train on; 0 is T
     kl_weight: float = 0.0          # adds this times the KL divergence (awm, nft, ram: distance) to the base model [0]
     kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 1]
-    ema: float = 0.0                # awm, nft, ram: decay of the policy, a moving average [rising to: nft 0.5, ram 0.9]
+    policy_ema: float = 0.0         # awm, nft, ram: decay of the policy, an average [rising to: nft 0.5, ram 0.9]
     timesteps: int = 2              # awm, nft, ram: timesteps that a picture is noised to in each pass [awm: 6, ram: 8]
     grid_timesteps: bool = False    # awm, nft, ram: draw them from the sampler's timesteps alone [awm, nft: on]
     awm_power: float = 1.0          # awm: power of the denoising error; below 1 large errors pull less [awm: 0.25]
@@ -57,6 +57,7 @@ class Settings:
     beta2: float = 0.95             # of AdamW: decay of their mean square; short, as the first ones are largest [0.999]
     adam_eps: float = 1e-8          # of AdamW: added to the denominator [1e-8]
     grad_clip: float = 1.0          # largest norm of the gradient [1.0]
+    ema: float = 0.0                # decay of an average of what is trained: evaluated, saved; it does not draw
     # Normalisation of the reward
     normalise: str = "prompt"       # compare with the prompt's latest rewards; group: its group; epoch: all [prompt]
     normalise_each: bool = False    # each part of a sum of rewards by itself, then the weighted sum: no scale matters

@@ -395,10 +395,10 @@ def forward_process_epoch(s, nets, adam, steps, trajectories, prompts, advantage
                    max_ratio_error=max(abs(one.ratio - 1) for one in record.seen if one.update == 0))
     if s.kl_weight:
         metrics["distance_to_base"] = record.mean("to_base")
-    if not s.ema:
+    if not s.policy_ema:
         return record, metrics, None
     trained = [p.detach().clone() for p in adam.parameters]
-    put(adam.parameters, [s.ema * before + (1 - s.ema) * now for before, now in zip(old, trained)])
+    put(adam.parameters, [s.policy_ema * before + (1 - s.policy_ema) * now for before, now in zip(old, trained)])
     return record, metrics, trained
 
 

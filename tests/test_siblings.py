@@ -34,15 +34,16 @@ CASES = [{**SETTINGS, **case} for case in (
     dict(algorithm="awm", updates=2, inner_epochs=2, batch=3, clip_range=1e-5, advantage_clip=0.5, timesteps=3,
          grid_timesteps=True, step_weights="paper", awm_power=0.25, kl_weight=0.3, kl_old=2.0, guidance=3.0, eta=0.5,
          normalise="group", group_size=2, betas=(0.5, 0.7), adam_eps=1e-2, weight_decay=0.5, grad_clip=1e-3, seed=5),
-    dict(algorithm="awm", trainable="full", rank=None, updates=1, inner_epochs=2, clip_range=0.01, kl_old=0.5, ema=0.4,
-         guidance=3.0, guidance_in_training=False, normalise="epoch", awm_power=0.5, eta=0.0),
-    dict(algorithm="nft", updates=4, batch=16, nft_beta=0.3, kl_weight=0.2, ema=0.7, dtype="float16", grad_clip=100.0),
+    dict(algorithm="awm", trainable="full", rank=None, updates=1, inner_epochs=2, clip_range=0.01, kl_old=0.5,
+         policy_ema=0.4, guidance=3.0, guidance_in_training=False, normalise="epoch", awm_power=0.5, eta=0.0),
+    dict(algorithm="nft", updates=4, batch=16, nft_beta=0.3, kl_weight=0.2, policy_ema=0.7, dtype="float16",
+         grad_clip=100.0),
     dict(algorithm="nft", inner_epochs=2, batch=3, nft_beta=2.0, advantage_clip=0.5, timesteps=3, step_weights="paper",
          kl_old=0.3, guidance=3.0, normalise="group", group_size=4, eta=0.0, seed=5),
     dict(algorithm="nft", trainable="full", rank=None, updates=1, inner_epochs=2, grid_timesteps=True, timesteps=4,
          normalise="epoch", guidance=3.0, guidance_in_training=False),
     dict(algorithm="ram", updates=4, inner_epochs=2, batch=1, kl_weight=0.5, timesteps=1),
-    dict(algorithm="ram", updates=1, inner_epochs=2, batch=3, kl_weight=2.0, kl_old=0.7, ema=0.3, timesteps=3,
+    dict(algorithm="ram", updates=1, inner_epochs=2, batch=3, kl_weight=2.0, kl_old=0.7, policy_ema=0.3, timesteps=3,
          grid_timesteps=True, step_weights="paper", guidance=3.0, normalise="group", group_size=2, eta=0.5),
     dict(algorithm="ram", batch=16, kl_weight=0.1, dtype="float16", advantage_clip=0.5, normalise="epoch", guidance=3.0,
          guidance_in_training=False),
@@ -62,7 +63,8 @@ def test_training_is_the_plain_loop(case, tmp_path, monkeypatch):
 
 
 def test_a_whole_run_begins_with_ratios_of_one_and_resumes_exactly(tiny_file, tmp_path):
-    more = ["--algorithm", "awm", "--timestep-fraction", "1", "--lr", "1e-2", "--kl-weight", "0.1", "--ema", "0.5"]
+    more = ["--algorithm", "awm", "--timestep-fraction", "1", "--lr", "1e-2", "--kl-weight", "0.1", "--policy-ema",
+            "0.5"]
     train.main(arguments(tiny_file, tmp_path / "whole", *more, epochs=2))
     train.main(arguments(tiny_file, tmp_path / "halves", *more, epochs=1))
     train.main(["--resume", str(tmp_path / "halves"), "--epochs", "2"])
@@ -216,7 +218,7 @@ def test_ddpos_log_probability_is_a_denoising_loss_towards_the_noise_between_nei
 
 def test_the_policy_between_epochs_is_the_moving_average_of_what_is_trained():
     p = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = Optimizer([p], lr=0.1, ema=0.25)
+    optimizer = Optimizer([p], lr=0.1, policy_ema=0.25)
     for begins, old, trained, average in ((1.0, 1.0, 3.0, 2.5), (3.0, 2.5, 5.0, 4.375)):
         with optimizer.epoch():
             assert p.item() == begins
@@ -226,7 +228,7 @@ def test_the_policy_between_epochs_is_the_moving_average_of_what_is_trained():
             assert p.item() == begins
             p.data.fill_(trained)
         assert p.item() == average
-    again = Optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1, ema=0.25)
+    again = Optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1, policy_ema=0.25)
     again.load_state_dict(optimizer.state_dict())
     with again.epoch():
         assert again.parameters[0].item() == 5.0
