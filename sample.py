@@ -26,7 +26,8 @@ from ddpo_min.prompts import HELD_OUT, find_prompts
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.settings import DTYPES
 from ddpo_min.text import cut_prompts
-from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion
+from ddpo_min.v_prediction import PREDICTIONS
+from ddpo_min.weights import SD_SIZE, SHIPPED, is_small, load_stable_diffusion, parse_size
 
 COLUMNS = 10    # pictures in a row of the grid, at most
 RANGES = (("num", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 500), ("seed", -1, 2 ** 32 - 1), ("eta", 0, 1))
@@ -47,8 +48,10 @@ def parse(arguments):
                              "kohya (and AUTOMATIC1111, ComfyUI)")
     parser.add_argument("--merge", default="", metavar="FILE", help="write a complete model with the LoRA in it, "
                         "one .safetensors file, each tensor in its dtype in --weights")
-    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x or 2.x file, diffusers folder "
-                        "or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
+    parser.add_argument("--weights", default=str(SHIPPED), help="a Stable Diffusion 1.x, 2.x or XL file, diffusers "
+                        "folder or Hub name, OWNER/REPO or OWNER/REPO:FILE.safetensors (the shipped one)")
+    parser.add_argument("--prediction", default="", choices=PREDICTIONS, help="of the UNet: eps (the noise), v, or "
+                        "v_zsnr (v, and nothing of the picture is left at t = 999) (what its files say)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, up to 2^32 - 1; the next ones count "
                         "up; -1 takes a random one and prints it (0)")
     parser.add_argument("--eta", type=float, default=1.0, help="scale of DDIM's noise, 0 to 1; 0 is without (1)")
@@ -86,10 +89,8 @@ def parse(arguments):
     for name in ("guidance", "scale"):
         if getattr(args, name) is not None and not np.isfinite(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: expected a number")
-    if args.size and not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", args.size):
-        raise InputError(f"--size {args.size}: expected WIDTHxHEIGHT in pixels, like 768x512, or one number for both")
-    if args.size and max(map(int, args.size.split("x"))) > 4096:
-        raise InputError(f"--size {args.size}: expected up to 4096 pixels a side")
+    if args.size:
+        parse_size(args.size)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out {args.out}: a file; expected a folder")
     return args
@@ -109,7 +110,7 @@ def file_and_strength(text, usual):
                      "FILE=STRENGTH, like lora.safetensors=0.5")
 
 
-def draw(policy, prompts, seeds, batch, latent_shape, out, first):
+def draw(policy, prompts, seeds, batch, out, first):
     """Draw a picture for each prompt and write it as soon as it is there; with a LoRA, draw the base model's, too.
 
     first: the first picture's number. Returns (pictures, the base model's pictures), lists of uint8 (H, W, 3).
@@ -121,9 +122,9 @@ def draw(policy, prompts, seeds, batch, latent_shape, out, first):
             given = prompts[part], seeds[part], [slice(None)]
             if policy.lora:
                 with switched_off(policy.lora):
-                    drawn = sample_trajectories(base_policy, *given, keep="images", latent_shape=latent_shape)
+                    drawn = sample_trajectories(base_policy, *given, keep="images")
                 base.extend(drawn.images)
-            for image in sample_trajectories(policy, *given, keep="images", latent_shape=latent_shape).images:
+            for image in sample_trajectories(policy, *given, keep="images").images:
                 figures.save_png(out / f"{first + len(images):04d}.png", Image.fromarray(image))
                 images.append(image)
                 bar.update()
@@ -154,7 +155,7 @@ def main(arguments=None):
         (file, strength), = args.lora
         print(f"wrote {export_lora(file, args.export_lora, strength)}")
     if args.merge:
-        merge_loras(args.lora, args.weights, args.merge)
+        merge_loras(args.lora, args.weights, args.merge, args.prediction)
         print(f"wrote {args.merge}")
     if not (args.prompt or args.prompts):
         return
@@ -163,10 +164,8 @@ def main(arguments=None):
     seeds = [args.seed + i for i in range(len(prompts))]        # 0 comes after the last, as torch uses 32 bits
     device, out = pick_device(args.device, args.dtype), Path(args.out)
     dtype = args.dtype or (half_dtype() if device.type == "cuda" and not is_small(args.weights) else "float32")
-    model = load_stable_diffusion(args.weights, device, getattr(torch, dtype))
+    model = load_stable_diffusion(args.weights, device, getattr(torch, dtype), args.prediction, args.size)
     print(model.report)
-    width, _, height = args.size.partition("x")
-    latent_shape = model.latent_shape(int(width), int(height or width)) if args.size else None
     layers = load_loras(args.lora, model.unet, model.text_encoder, base=model.base)
     steps, guidance, batch = (given if given is not None else (small if model.image_size < SD_SIZE else real)
                               for given, small, real in ((args.steps, 20, 50), (args.guidance, 2.0, 5.0),
@@ -176,10 +175,11 @@ def main(arguments=None):
     loras = " + ".join(f"{Path(file).name} at {strength:g}" for file, strength in args.lora)
     print(f"{len(prompts)} pictures, {steps} steps, guidance {guidance:g}, seed {args.seed}, on {device}"
           + f", {len(layers)} layers with {loras}" * bool(loras))
-    policy = Policy(model, ddim_steps(steps, args.eta), guidance, lora=layers, negative=args.negative_prompt)
+    policy = Policy(model, ddim_steps(steps, args.eta, model.alpha_bar), guidance, lora=layers,
+                    negative=args.negative_prompt)
     make_folder(out)
     first = next_number(out)
-    images, base = draw(policy, prompts, seeds, batch, latent_shape, out, first)
+    images, base = draw(policy, prompts, seeds, batch, out, first)
     columns = min(args.num if args.num > 1 else len(images), COLUMNS)
     grid = out / (f"grid-{first:04d}.png" if first else "grid.png")
     figures.save_png(grid, sheet(images, base, prompts, columns))

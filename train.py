@@ -6,10 +6,8 @@ picture. The loop in train() is the outline of the algorithm: sample, score, adv
 
 An epoch samples pictures and trains on them in inner epochs (passes), a pass in minibatches (an optimizer step each), a
 minibatch in micro-batches (the samples that go through the network together, at one denoising step).
-
-What is left out: a learned value function (a picture is compared with others, by default with those of its prompt) and
-samplers other than DDIM. Read next: ddpo_min/rollout.py (sample), ddpo_min/advantages.py,
-ddpo_min/ddpo.py (update) and ddpo_min/plan.py (who is in which minibatch).
+What is left out: a learned value function (a picture is compared with others, by default of its prompt) and samplers
+other than DDIM. Read next, in ddpo_min/: rollout.py (sample), advantages.py, ddpo.py (update), plan.py (minibatches).
 """
 from dataclasses import replace
 from functools import partial
@@ -24,6 +22,7 @@ from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.device import pick_device
 from ddpo_min.evaluation import Evaluation
 from ddpo_min.files import run_main
+from ddpo_min.forward_process import forward_process_update
 from ddpo_min.learner import Learner
 from ddpo_min.memory import prepare
 from ddpo_min.plan import Plan
@@ -41,9 +40,8 @@ def train(settings, reward=None):
     """Train as the settings say; returns the Run, with its folder, history and result.
 
     reward: a function (images uint8 (B, H, W, 3), prompts) -> B numbers, in place of the one in settings.reward.
-    From Python: train(make_settings(epochs=3), reward=my_function). Every epoch draws settings.samples pictures and
-    makes updates * inner_epochs optimizer steps with them. After Ctrl-C the run ends at its last finished epoch.
-    Raises InputError for what cannot work.
+    From Python: train(make_settings(epochs=3), reward=my_function). After Ctrl-C the run ends at its last finished
+    epoch. Raises InputError for what cannot work.
     """
     if reward is not None:
         settings = with_own_reward(settings, reward)
@@ -53,19 +51,19 @@ def train(settings, reward=None):
     prompts_held_out = evaluation_prompts(settings.eval_prompts, prompts_to_train)
     device = pick_device(settings.device, settings.dtype)
     run = Run(settings)
-    model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype))
+    model = load_stable_diffusion(settings.weights or SHIPPED, device, getattr(torch, settings.dtype),
+                                  settings.prediction, settings.size)
     print(f"  {model.report}, on {device}")
     scorer = make_scorer(settings.reward, settings.watch, model, device, own=reward, prompts=prompts_to_train,
-                         small=is_small(settings.weights), vlm=settings.part("vlm_"), clip=dict(
-                             model=settings.clip_model, weights=settings.clip_weights, head=settings.aesthetic_head))
+                         small=is_small(settings.weights), **settings.reward_models)
     learner = Learner(model, trainable=settings.trainable, rank=settings.rank, init_lora=run.init_lora,
                       statistics=PromptStatistics(settings.prompt_buffer, settings.prompt_minimum), seed=settings.seed,
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
-                      scale_loss=settings.dtype == "float16")
+                      scale_loss=settings.dtype == "float16", ema=settings.ema, policy_ema=settings.policy_ema)
     # log_p_old is computed with training's guidance, too (1.0 is none): the first ratio is 1 all the same
-    policy = Policy(model, ddim_steps(settings.steps, settings.eta), settings.guidance, lora=learner.lora,
-                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
+    policy = Policy(model, ddim_steps(settings.steps, settings.eta, model.alpha_bar), settings.guidance,
+                    lora=learner.lora, training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
     minibatch = settings.samples // settings.updates
     settings = run.settings = replace(settings, batch=prepare(          # --batch auto becomes a number
         policy, learner.optimizer.parameters, batch=settings.batch, minibatch=minibatch,
@@ -75,7 +73,7 @@ def train(settings, reward=None):
                 fraction=settings.timestep_fraction, progress=run.progress, rank=rank(), processes=count())
     evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
                                micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
-    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics)
+    weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics, scorer)
 
     with run.epochs(learner, evaluation) as epochs:
         for epoch in epochs:
@@ -91,23 +89,26 @@ def train(settings, reward=None):
     return run
 
 
-def choose_algorithm(s, plan, steps, statistics):
+def choose_algorithm(s, plan, steps, statistics, scorer):
     """The parts in which algorithms differ: (weigh, update, keep).
 
-    weigh: (prompts, rewards) -> advantages, or the weights of the samples for regression; update: trains on them; keep:
-    what is kept of each trajectory, the whole "path" or "x_0" alone. s.regression: RWR, reward-weighted regression.
+    weigh: (prompts, rewards) -> advantages (rwr: weights of the samples); update: trains on them; keep: what is kept of
+    each trajectory, the whole "path" or "x_0" alone.
     """
-    if s.regression:
-        per_prompt = s.normalise == "prompt"
-        weigh = (partial(rwr_weights, beta=s.inverse_temperature, per_prompt=per_prompt) if s.algorithm == "rwr" else
-                 partial(rwr_sparse_weights, percentile=s.percentile, per_prompt=per_prompt))
-        return weigh, partial(rwr_update, plan=plan), "x_0"
-    weigh = partial(clipped_advantages, normalise=s.normalise, clip=s.advantage_clip, group_size=s.group_size,
-                    statistics=statistics)
+    if s.regression:        # rwr, rwr_sparse
+        weigh = (partial(rwr_weights, beta=s.inverse_temperature) if s.algorithm == "rwr" else
+                 partial(rwr_sparse_weights, percentile=s.percentile))
+        return partial(weigh, per_prompt=s.normalise == "prompt"), partial(rwr_update, plan=plan), "x_0"
+    weigh = partial(scorer.weigh_each if s.normalise_each else clipped_advantages, normalise=s.normalise,
+                    clip=s.advantage_clip, group_size=s.group_size, statistics=statistics)
+    if s.forward_process:   # awm, nft, ram
+        update = partial(forward_process_update, plan=plan, algorithm=s.algorithm, timesteps=s.timesteps,
+                         grid=s.grid_timesteps, step_weights=s.step_weights, clip_range=s.clip_range, power=s.awm_power,
+                         beta=s.nft_beta, advantage_clip=s.advantage_clip, kl_weight=s.kl_weight, kl_old=s.kl_old)
+        return weigh, update, "x_0"
     emphasis = even_emphasis(steps) if s.step_weights == "even" else [1.0] * len(steps)
-    clip_range = dict(ddpo_is=s.clip_range, ddpo_sf=None)[s.algorithm]
-    update = partial(ddpo_update, plan=plan, clip_range=clip_range, emphasis=emphasis, kl_weight=s.kl_weight)
-    return weigh, update, "path"
+    clip = s.clip_range if s.algorithm == "ddpo_is" else None
+    return weigh, partial(ddpo_update, plan=plan, clip_range=clip, emphasis=emphasis, kl_weight=s.kl_weight), "path"
 
 
 def main(arguments=None):

@@ -1,20 +1,24 @@
 """How fast, and in how much memory:  python -m ddpo_min.bench [--size sd15] [--against diffusers]
 
 One minibatch is sampled and trained on (not scored), with the functions that train.py uses. Rates are given as
-a fraction of the matrix product's, measured in the same run. sd15 is a file of Stable Diffusion 1.5's size with random
-values, written first: time and memory do not depend on the values.
+a fraction of the matrix product's, measured in the same run. sd15 and sdxl are files of Stable Diffusion's size with
+random values, written first: time and memory do not depend on the values. --count only counts the memory.
 """
 import argparse
 import statistics
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.autograd import DeviceType
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cli import OneLineParser, batch_size, check_settings
@@ -31,10 +35,10 @@ from .policy import Policy
 from .rewards import find_own
 from .rollout import sample_trajectories
 from .settings import DTYPES, Settings
-from .text import TextEncoder
-from .unet import UNet
-from .vae import VAE, decode_images
-from .weights import SHIPPED, load_stable_diffusion, save_single_file
+from .text import TextConfig, TextEncoder, TextEncoders
+from .unet import UNet, UNetConfig
+from .vae import VAE, VAEConfig, decode_images
+from .weights import SHIPPED, StableDiffusion, load_stable_diffusion, save_single_file
 
 ON_OFF = {True: "on", False: "off"}
 THEIRS = Path(__file__).resolve().parent.parent / "tests" / "diffusers_side.py"
@@ -42,14 +46,25 @@ THEIRS = Path(__file__).resolve().parent.parent / "tests" / "diffusers_side.py"
 # What is timed unless flags say otherwise: a minibatch of the laptop preset; a few steps of sd_lora's
 SIZES = dict(shipped=dict(samples=64, steps=8, guidance=1.0, batch=64),
              sd15=dict(samples=1, steps=2, guidance=5.0, batch=1),
-             sd15_gpu=dict(samples=16, steps=10, guidance=5.0, batch=4, dtype="bfloat16"))
+             sd15_gpu=dict(samples=16, steps=10, guidance=5.0, batch=4, dtype="bfloat16"),
+             sdxl=dict(samples=1, steps=2, guidance=5.0, batch=1),
+             sdxl_gpu=dict(samples=4, steps=10, guidance=5.0, batch=1, dtype="bfloat16"))
+
+# The sizes of Stable Diffusion XL
+UNET_XL = UNetConfig(widths=(320, 640, 1280), attention=(0, 2, 10), middle=10, context_width=2048, head_width=64,
+                     linear=True, pooled=1280)
+VAE_XL = VAEConfig(latent_scale=0.13025)
+TEXTS_XL = (TextConfig(used=11, norm=False), TextConfig(width=1280, layers=32, heads=20, inner=5120, used=31,
+                                                        openclip=True, norm=False, projection=1280))
 
 
 def parse(arguments):
-    """The command line: (size, repeat, against, whether to profile, device, Settings)."""
+    """The command line: (size, repeat, against, whether to profile, whether to count, device, Settings)."""
     parser = OneLineParser(prog="python -m ddpo_min.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--size", default="shipped", choices=("shipped", "sd15"),
-                        help="the shipped model, or SD 1.5's size (shipped)")
+    parser.add_argument("--size", default="shipped", choices=("shipped", "sd15", "sdxl"),
+                        help="the shipped model, or the size of SD 1.5 or XL (shipped)")
+    parser.add_argument("--count", action="store_true",
+                        help="only count the memory that a GPU would need, with sd15 or sdxl; runs nothing")
     parser.add_argument("--against", choices=("diffusers",),
                         help="the same work with diffusers' networks and PEFT's LoRA")
     parser.add_argument("--repeat", type=int, default=3, help="how often; the median counts (3)")
@@ -57,28 +72,38 @@ def parse(arguments):
     for name, kind in (("samples", int), ("steps", int), ("guidance", float), ("batch", batch_size)):
         parser.add_argument(f"--{name}", type=kind, help=f"as of train.py (shipped: {SIZES['shipped'][name]}, sd15: "
                                                          f"{SIZES['sd15'][name]}, on a GPU {SIZES['sd15_gpu'][name]})")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (sd15 on a GPU: bfloat16)")
+    parser.add_argument("--rank", type=int, help="as of train.py (4)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (sd15 and sdxl on a GPU: bfloat16)")
     parser.add_argument("--profile", action="store_true", help="say where the time goes, operation by operation")
     for name in ("checkpointing", "compile"):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help="as of train.py")
     args = vars(parser.parse_args(arguments))
     if args["repeat"] < 1:
         raise InputError(f"--repeat {args['repeat']}: expected 1 or more")
-    size, repeat, against, where, device = (args.pop(name)
-                                            for name in ("size", "repeat", "against", "profile", "device"))
+    size, repeat, against, where, count, device = (
+        args.pop(name) for name in ("size", "repeat", "against", "profile", "count", "device"))
+    if count and (size == "shipped" or args["batch"] == 0):
+        raise InputError("--count: needs --size sd15 or sdxl, and a number for --batch")
     kind = pick_device(device).type
-    values = SIZES[size + ("_gpu" if size == "sd15" and kind == "cuda" else "")]
+    values = SIZES[size + ("_gpu" if size != "shipped" and (count or kind == "cuda") else "")]
     given = {name: value for name, value in args.items() if value is not None}
-    device = pick_device(device, {**values, **given}.get("dtype", "float32"))
+    device = pick_device(device, {**values, **given}.get("dtype", "float32")) if not count else torch.device("meta")
     settings = Settings(preset="laptop", updates=1, **{**values, **given})
     check_settings(settings)
-    return size, repeat, against, where, device, settings
+    return size, repeat, against, where, count, device, settings
 
 
-def random_file(path):
-    """Write a single file of Stable Diffusion 1.5's names and shapes, float16, with random values of a sane size."""
+def networks(size):
+    """UNet, autoencoder and text encoder of Stable Diffusion 1.5 or XL, on the meta device: without memory."""
     with torch.device("meta"):
-        parts = [network().half() for network in (UNet, VAE, TextEncoder)]
+        if size == "sdxl":
+            return UNet(UNET_XL), VAE(VAE_XL), TextEncoders(*map(TextEncoder, TEXTS_XL))
+        return UNet(), VAE(), TextEncoder()
+
+
+def random_file(path, size="sd15"):
+    """Write a single file of Stable Diffusion's names and shapes, float16, with random values of a sane size."""
+    parts = [network.half() for network in networks(size)]
     generator = torch.Generator().manual_seed(0)
     for part in parts:
         part.to_empty(device="cpu").requires_grad_(False)
@@ -87,7 +112,79 @@ def random_file(path):
                 p.normal_(std=p[0].numel() ** -0.5, generator=generator)
             else:
                 p.fill_(float(name.endswith("weight")))
-    save_single_file(path, *parts)
+    save_single_file(path, *parts, image_size=1024 if size == "sdxl" else 512)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at once, at most; on the meta device, where they take none."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.alive, self.now, self.most = set(), 0, 0
+        for p in (p for network in networks for p in network.parameters()):
+            self.hold(p.untyped_storage())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        """Count a tensor's memory until it is given back."""
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+
+    def release(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def count_memory(size, settings):
+    """GB that a GPU needs, {phase: {what: GB}}, from the shapes of all tensors of a training pass and of a decoding.
+
+    Attention is counted as GPUs compute it, without its table of weights. What the GPU's libraries take is not counted.
+    """
+    unet, vae, text = (network.to(getattr(torch, settings.dtype)) for network in networks(size))
+    vae = vae.float() if size == "sdxl" else vae
+    model = StableDiffusion(unet, vae, text, image_size=1024 if size == "sdxl" else 512, report="")
+    with torch.device("meta"):
+        parameters = list(lora_state(add_lora(unet, settings.rank)).values())
+        context = torch.empty(settings.batch, *model.encode_prompts(["a fox"]).shape[1:])
+        x_t = torch.empty(settings.batch, 4, *model.shape)
+    unet.checkpointing = settings.checkpointing
+    policy = Policy(model, ddim_steps(settings.steps), settings.guidance)
+    plain = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda q, k, v, is_causal: (
+        torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=is_causal)[0])
+    try:
+        with Peak(unet) as training:
+            policy.eps(x_t, 1, context, settings.guidance).sum().backward()
+        with Peak(vae) as decoding, torch.no_grad():
+            vae.decode(x_t[:1].to(vae.post_quant_conv.weight.dtype))
+    finally:
+        functional.scaled_dot_product_attention = plain
+    weights, autoencoder, texts = (sum(p.nbytes for p in network.parameters()) / 1e9 for network in (unet, vae, text))
+    lora = sum(p.nbytes for p in parameters) / 1e9
+    kept = {"UNet": weights - lora, "LoRA, its gradient and AdamW's two moments": 4 * lora}
+    away = {} if size == "sdxl" else {"autoencoder": autoencoder, "text encoder": texts}
+    return {
+        "training": {**kept, **away, "activations": training.most / 1e9 - weights - lora},
+        "decoding": {**kept, **away, "autoencoder": autoencoder, "activations": decoding.most / 1e9 - autoencoder},
+        "encoding prompts": {**kept, **away, "text encoder": texts}}
+
+
+def print_count(size, settings):
+    """The memory of each phase, and of what it consists."""
+    print(f"{size}, {settings.dtype}, {settings.batch} at a time, guidance {settings.guidance:g}, LoRA of rank "
+          f"{settings.rank}, checkpointing {ON_OFF[settings.checkpointing]}: counted, not measured")
+    for phase, parts in count_memory(size, settings).items():
+        print(f"  {phase:16} {sum(parts.values()):5.2f} GB: "
+              + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
 
 
 def synchronised(device):
@@ -114,12 +211,12 @@ def matrix_rate(device, dtype):
 def flops(model, settings):
     """FLOPs of (sampling, training) one picture, counted on networks without memory."""
     passes = settings.steps * (1 if settings.guidance == 1 else 2)
-    side, tokens = model.latent_size, model.text_encoder.config.positions
+    tokens = model.text_encoder.config.positions
     with torch.device("meta"):
         unet, vae = UNet(model.unet.config), VAE(model.vae.config)
         add_lora(unet, settings.rank)
-        x_t, t = torch.empty(1, 4, side, side), torch.empty(1)
-        context = torch.empty(1, tokens, unet.config.context_width)
+        x_t, t = torch.empty(1, 4, *model.shape), torch.empty(1)
+        context = torch.empty(1, tokens + bool(unet.config.pooled), unet.config.context_width)
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             unet(x_t, t, context)
         with FlopCounterMode(display=False) as decoding, torch.no_grad():
@@ -188,7 +285,7 @@ def print_rates(works, model, settings, rates):
 def print_whole_pictures(work, model):
     """What Stable Diffusion's usual 50 steps would take, from the few that were timed."""
     s, device = work.settings, work.optimizer.parameters[0].device
-    latent = torch.zeros(1, 4, model.latent_size, model.latent_size, device=device)
+    latent = torch.zeros(1, 4, *model.shape, device=device)
     decoding, _ = seconds(device, lambda: decode_images(model.vae, latent))
     a_step = (statistics.median(work.sampling) / s.samples - decoding) / s.steps
     a_training_step = statistics.median(work.training) / s.samples / s.steps
@@ -219,14 +316,16 @@ def print_round_trip(layers, path):
 
 
 def main(arguments=None):
-    size, repeat, against, where, device, settings = parse(arguments)
+    size, repeat, against, where, count, device, settings = parse(arguments)
+    if count:
+        return print_count(size, settings)
     dtype = getattr(torch, settings.dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = SHIPPED
-        if size == "sd15":
-            path = Path(folder) / "random-sd15.safetensors"
-            took, _ = seconds(device, lambda: random_file(path))
-            print(f"wrote a random file of SD 1.5's size in {took:.0f} s", flush=True)
+        if size != "shipped":
+            path = Path(folder) / f"random-{size}.safetensors"
+            took, _ = seconds(device, lambda: random_file(path, size))
+            print(f"wrote a random file of the size of {size} in {took:.0f} s", flush=True)
         loading, model = seconds(device, lambda: load_stable_diffusion(path, device, dtype))
         print(f"{model.report}\nloaded in {loading:.1f} s, on {device}, {settings.dtype}")
         layers = add_lora(model.unet, settings.rank)
@@ -251,7 +350,7 @@ def main(arguments=None):
                 work.do()
             rates.append(matrix_rate(device, dtype))
         print_rates(works, model, settings, rates)
-        if size == "sd15":
+        if size != "shipped":
             print_whole_pictures(works["ours"], model)
         if where:
             print_profile(works["ours"])

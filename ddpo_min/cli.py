@@ -9,7 +9,9 @@ import json
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
+from math import inf, isfinite
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from .prompts import evaluation_prompts, find_prompts
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
 from .text import cut_prompts
-from .weights import is_small
+from .weights import is_small, parse_size
 
 DESCRIPTION = """Train a text-to-image diffusion model on a reward, by DDPO.
 Defaults are those of the preset laptop, for the shipped model. In brackets:
@@ -34,7 +36,8 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "vlm_url"}  # what --resume may change
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "stop_when",
+             "vlm_url"}        # what --resume may change
 # Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
 GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
 METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
@@ -42,15 +45,16 @@ METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
 # What a number must be, in words and as a test, and the settings that this holds for
 RANGES = (
     ("1 or more", lambda x: x >= 1, ("samples", "epochs", "updates", "inner_epochs", "rank", "prompt_buffer",
-     "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel")),
+     "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel", "timesteps")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
-    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "eval_every", "keep_every", "vlm_retries",
+    ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "kl_old", "eval_every", "keep_every", "vlm_retries",
      "batch")),
     ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
-     "guidance", "adam_eps", "inverse_temperature", "vlm_timeout")),
-    ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("eta", "timestep_fraction")),
-    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2")),
+     "guidance", "adam_eps", "inverse_temperature", "nft_beta", "vlm_timeout")),
+    ("a number above 0 and up to 1", lambda x: 0 < x <= 1, ("timestep_fraction", "awm_power")),
+    ("a number from 0 to 1", lambda x: 0 <= x <= 1, ("eta",)),
+    ("a number from 0 to below 1", lambda x: 0 <= x < 1, ("weight_decay", "beta1", "beta2", "ema", "policy_ema")),
     ("a number between 0 and 1", lambda x: 0 < x < 1, ("percentile",)),
 )
 
@@ -199,9 +203,8 @@ def with_own_reward(settings, reward):
 
 def _usual_preset(weights, algorithm):
     """The preset of a model and an algorithm, if none is named."""
-    if not is_small(weights):
-        return "sd_lora"
-    return f"laptop_{algorithm}" if f"laptop_{algorithm}" in PRESETS else "laptop"
+    size = "laptop" if is_small(weights) else "sd_lora"
+    return f"{size}_{algorithm}" if f"{size}_{algorithm}" in PRESETS else size
 
 
 def _filled(given):
@@ -289,8 +292,32 @@ def check_settings(s, own_reward=False):
     _check_prompts(s)
     if not s.reward and not own_reward:
         raise InputError("--reward: empty; expected a reward's name, such as jpeg")
-    check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), vlm=s.part("vlm_"),
-                  clip=dict(model=s.clip_model, weights=s.clip_weights, head=s.aesthetic_head))
+    if s.normalise_each and "," not in s.reward and not own_reward:
+        raise InputError("--normalise-each: needs a sum of rewards, such as --reward hps=1,aesthetic=1")
+    scored = check_rewards("" if own_reward else s.reward, s.watch, small=is_small(s.weights), **s.reward_models)
+    if s.stop_when:
+        _check_stop(s, None if own_reward else {s.reward, *scored[1]})
+
+
+def stop_bound(s):
+    """What --stop-when says: (the name of a reward, its bound); ("", -inf) if nothing. Raises InputError."""
+    if not s.stop_when:
+        return "", -inf
+    name, _, bound = (piece.strip() for piece in s.stop_when.rpartition("<"))
+    with suppress(ValueError):
+        if name and isfinite(float(bound)):
+            return name, float(bound)
+    raise InputError(f'--stop-when {s.stop_when}: expected the name of a reward, < and a number: "clip<0.7"')
+
+
+def _check_stop(s, names):
+    """Whether --stop-when names one of these rewards (None: not known yet), and looks at anything."""
+    name, _ = stop_bound(s)
+    if names and name not in names:
+        raise InputError(f"--stop-when {s.stop_when}: {name} is neither trained on nor watched; add --watch {name}")
+    if not s.eval_every:
+        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; add --eval-every 1, or "
+                         "another number of epochs")
 
 
 def _check_types(values):
@@ -309,11 +336,14 @@ def _check_values(s):
     """Each setting by itself."""
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed:
-            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of {', '.join(allowed)}")
+            raise InputError(f"{flag(name)} {getattr(s, name)}: unknown; expected one of "
+                             f"{', '.join(filter(None, allowed))}")
     for words, fits, names in RANGES:
         for name in names:
             if not fits(getattr(s, name)):
                 raise InputError(f"{flag(name)} {getattr(s, name)}: expected {words}")
+    if s.size:
+        parse_size(s.size)
 
 
 def _check_minibatches(s):
@@ -332,11 +362,23 @@ def _check_minibatches(s):
 
 def _check_algorithm(s):
     """What the algorithm, and the LoRA or the whole UNet, can be combined with."""
-    if s.regression and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
+    ddpo = not s.regression and not s.forward_process
+    if not ddpo and (s.first_step, s.last_step, s.timestep_fraction) != (1, 0, 1):
         raise InputError("--first-step, --last-step, --timestep-fraction: choose among denoising steps, which the ddpo "
                          f"algorithms train on and {s.algorithm} does not")
+    if ddpo and s.eta == 0:
+        raise InputError(f"--eta {s.eta}: expected a number above 0 and up to 1, because {s.algorithm} needs the "
+                         "probability of what was drawn")
+    if not s.forward_process and (s.policy_ema or s.kl_old):
+        raise InputError("--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
+    if s.ema and s.policy_ema:
+        raise InputError("--ema, --policy-ema: one average or the other; the policy of --policy-ema is one already")
+    if s.algorithm == "ram" and not s.kl_weight:
+        raise InputError("--algorithm ram: its loss is a pull to the base model, --kl-weight, which must be above 0")
     if s.normalise == "group" and (s.group_size < 2 or s.regression):
-        raise InputError("--normalise group: needs --group-size 2 or more, and a ddpo algorithm")
+        raise InputError("--normalise group: needs --group-size 2 or more, and an algorithm with advantages, not rwr")
+    if s.normalise_each and s.regression:
+        raise InputError("--normalise-each: needs an algorithm with advantages, not rwr")
     if s.normalise == "epoch" and s.samples == 1:
         raise InputError("--samples 1: nothing to compare it with by --normalise epoch; take 2 or more, or --normalise "
                          "prompt, which compares with earlier epochs")
@@ -349,7 +391,7 @@ def _check_algorithm(s):
                          "sample.py --lora FILE --merge MODEL.safetensors and give that with --weights")
     if s.kl_weight and (s.trainable == "full" or s.regression):
         raise InputError("--kl-weight: needs --trainable lora, whose base model is there with the LoRA switched off, "
-                         "and a ddpo algorithm")
+                         "and an algorithm with advantages, not rwr")
 
 
 def _check_prompts(s):

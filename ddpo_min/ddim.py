@@ -71,15 +71,14 @@ class Steps:
         return len(self.t)
 
 
-def ddim_steps(steps, eta=1.0):
-    """The T steps of Stable Diffusion's schedule.
+def ddim_steps(steps, eta=1.0, alpha_bar=None):
+    """The T steps of a schedule, alpha_bar (1000,); None: Stable Diffusion's.
 
-    steps: T, 1 to 500; eta: 0 to 1, 1 is DDPM's noise; 0 is none, so there is no log-probability to train on. Raises
-    ValueError otherwise.
+    steps: T, 1 to 500; eta: 0 to 1, 1 is DDPM's noise, 0 none, and so no log-probability. Raises ValueError otherwise.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: expected 0 to 1")
-    alpha_bar = alphas_cumprod()
+    alpha_bar = alphas_cumprod() if alpha_bar is None else alpha_bar
     t = sampling_timesteps(steps)
     previous = (t - 1000 // steps).clamp(min=0)
     a, a_prev = alpha_bar[t], alpha_bar[previous]

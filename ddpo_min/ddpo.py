@@ -37,7 +37,8 @@ def ddpo_update(policy, optimizer, trajectories, advantages, rng, *, plan, clip_
                 loss = ddpo_sf_loss(log_p, advantages[samples])
             else:
                 loss = ddpo_is_loss(ratio, advantages[samples], clip_range)
-            kl = step_kl(eps, policy.base_eps(x_t, i, context), w[i]).mean() if kl_weight else torch.zeros_like(loss)
+            base = policy.base_eps(x_t, policy.steps.t[i], context) if kl_weight else eps.detach()
+            kl = step_kl(eps, base, w[i]).mean()
             optimizer.backward(part * (emphasis[i] * loss + kl_weight * kl))
             error, limit = (ratio - 1).abs(), torch.inf if clip_range is None else clip_range
             metrics.add(len(x_t), i, loss=loss, kl_to_base=kl, approx_kl=0.5 * ((log_p - log_p_old) ** 2).mean(),

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -38,6 +39,19 @@ def pick_device(name, dtype="float32"):
         torch.cuda.set_device(own)
         return torch.device("cuda", own)
     return torch.device(name)
+
+
+@contextmanager
+def visiting(network, device):
+    """Context manager: the network's weights are on the device for a block, then again where they were."""
+    home = {p: p.data for p in network.parameters() if p.device != device}
+    try:
+        for p in home:
+            p.data = p.data.to(device)
+        yield
+    finally:
+        for p, data in home.items():
+            p.data = data
 
 
 def keep_freed_memory():

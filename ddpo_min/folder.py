@@ -14,7 +14,7 @@ from PIL import Image
 from . import __version__, figures
 from .files import TEMPORARY, InputError, Lock, atomic, make_folder
 
-MOST_ROWS = 9       # of samples.png
+MOST_ROWS = 9       # of samples.png, and frames of samples.webp
 LOCK = ".lock"      # the file that says that a run is writing to the folder
 EARLY = ("config.json", "before.npz", "samples.png", "samples.webp")       # written before the first checkpoint
 
@@ -222,20 +222,20 @@ class Folder:
     def add_row(self, epoch, images, captions):
         """Add a row to samples.png and a frame to samples.webp: the same prompts and seeds after `epoch` epochs.
 
-        images: uint8 (n, H, W, 3); captions: n str. Of many rows, samples.png shows MOST_ROWS, evenly chosen.
+        images: uint8 (n, H, W, 3); captions: n str. Of many rows, MOST_ROWS are shown, evenly chosen.
         """
         strip, rows = np.concatenate(list(images), axis=1), {}
         figures.save_png(self.path / "samples" / f"epoch_{epoch:04d}.png", Image.fromarray(strip),
                          captions=json.dumps(captions))
-        for path in sorted((self.path / "samples").glob("epoch_????.png")):
+        paths = sorted((self.path / "samples").glob("epoch_????.png"))
+        for i in np.linspace(0, len(paths) - 1, min(len(paths), MOST_ROWS)).round().astype(int):
             with suppress(OSError, SyntaxError, ValueError, TypeError):     # damage costs its row, not the run
-                kept = Image.open(path)
+                kept = Image.open(paths[i])
                 drawn, below = np.asarray(kept), [str(text) for text in json.loads(kept.info.get("captions", "[]"))]
                 if drawn.shape == strip.shape:
                     below = (below + [""] * len(images))[:len(images)]
-                    rows[f"epoch {int(path.stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1)), below
+                    rows[f"epoch {int(paths[i].stem[6:])}"] = np.stack(np.split(drawn, len(images), axis=1)), below
         frames = [figures.grid([figures.thumbnails(row)], [below], labels=[label], room=list(rows))
                   for label, (row, below) in rows.items()]
         figures.save_moving(self.path / "samples.webp", frames)
-        labels = [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).round().astype(int)]
-        figures.save_png(self.path / "samples.png", figures.grid([rows[label][0] for label in labels], labels=labels))
+        figures.save_png(self.path / "samples.png", figures.grid([row for row, _ in rows.values()], labels=list(rows)))

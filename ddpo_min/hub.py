@@ -5,11 +5,12 @@ from pathlib import Path
 
 from .files import InputError, first_line
 
-HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.safetensors))?")
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+\.(?:safetensors|pt)))?")
 
 # The networks of a diffusers folder: our name, folder, file name without its extension
 PARTS = (("unet", "unet", "diffusion_pytorch_model"), ("vae", "vae", "diffusion_pytorch_model"),
          ("text", "text_encoder", "model"))
+PARTS_XL = (*PARTS, ("text_2", "text_encoder_2", "model"))
 
 # A network's file after that name, in the order of preference; an index names the files that the tensors are split over
 ENDINGS = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
@@ -24,8 +25,8 @@ MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusi
 def fetch(path):
     """The local path of a model: `path` itself, or where it is in the cache after the download from the Hub.
 
-    path: a file or folder, OWNER/REPO:FILE.safetensors, or OWNER/REPO, a diffusers folder, of which only the files that
-    are read are downloaded. A path that cannot be a name on the Hub is returned as it is. Raises InputError.
+    path: a file or folder, OWNER/REPO:FILE (.safetensors or .pt), or OWNER/REPO, a diffusers folder, of which only the
+    files that are read are downloaded. A path that cannot be a name on the Hub is returned as it is. Raises InputError.
     """
     match = HUB_ID.fullmatch(str(path))
     if Path(path).exists() or not match or match[1].endswith((".safetensors", ".ckpt")):
@@ -34,7 +35,8 @@ def fetch(path):
     if file:
         return _download(repo, file)
     _download(repo, SCHEDULER, optional=True)
-    for _, folder, stem in PARTS:
+    unet = read_json(_download(repo, "unet/config.json"))
+    for _, folder, stem in PARTS_XL if unet.get("addition_embed_type") else PARTS:
         config = _download(repo, f"{folder}/config.json")
         weights = _download(repo, *(f"{folder}/{stem}{ending}" for ending in ENDINGS))
         for shard in shards(weights):

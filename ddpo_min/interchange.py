@@ -8,6 +8,8 @@
 
 In memory a LoRA is {module name: (A, B, alpha)}; rank and alpha can differ from layer to layer. Layers of the text
 encoder have text_encoder. and lora_te_ instead of unet. and lora_unet_; their module names begin with text_model.
+XL has two text encoders: text_encoder. and text_encoder_2., lora_te1_ and lora_te2_; module names begin as the former.
+In a kohya file the blocks of XL's UNet have the original's names: lora_unet_middle_block_1_proj_in.
 """
 import json
 import math
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from .checkpoint import open_safetensors
 from .files import InputError, atomic, shown
 from .layout import rename, unet_prefixes
-from .text import TextConfig, TextEncoder
+from .text import TextConfig, TextEncoder, TextEncoders
 from .unet import UNet, UNetConfig
 
 FORMS = ("diffusers", "kohya")
@@ -40,27 +42,35 @@ DOTTED = re.compile(rf"(.*?)(?:[._](lora[._].+|alpha|(?<=\.)(?:{'|'.join(OTHER_K
 # Metadata that is only true of the tensors, names and alphas that it came with; what each form needs is made anew
 STALE = re.compile(r"sshs_|modelspec\.hash|ss_network_|lora_adapter_metadata")
 
-BASE_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}     # by the width of the text encoder's output
+# By the width of the text encoder's output
+BASE_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True"), 2048: ("sdxl_base_v1-0", "False")}
+
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+XL = re.compile(r"transformer_blocks[._][1-9]|text_encoder_2|lora_te[12]_")     # in names of layers that only XL has
 
 
 def network_of(module):
-    """Which network has a module of this name: "unet" or "text_encoder"."""
-    return "text_encoder" if module.startswith("text_model.") else "unet"
+    """Which of NETWORKS has a module of this name."""
+    first = module.partition(".")[0]
+    return "text_encoder" if first == "text_model" else first if first in NETWORKS else "unet"
 
 
 def kohya_name(module):
     """The name of a module in a kohya file: mid_block.resnets.0 -> lora_unet_mid_block_resnets_0."""
-    return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[network_of(module)] + module.replace(".", "_")
+    first, _, rest = module.partition(".")
+    prefix = dict(text_model="lora_te_text_model_", text_encoder="lora_te1_", text_encoder_2="lora_te2_").get(first)
+    return (prefix + rest if prefix else "lora_unet_" + module).replace(".", "_")
 
 
 def diffusers_form(layers):
     """{name: tensor} with the names of diffusers and PEFT, and the metadata in which diffusers >= 0.34 finds alpha."""
-    state = {f"{network_of(name)}.{name}.lora_{part}.weight": tensor
-             for name, (A, B, _) in layers.items() for part, tensor in (("A", A), ("B", B))}
-    config = {}
+    state, config = {}, {}
     for network in sorted({network_of(name) for name in layers}):
+        own = {name.removeprefix(f"{network}."): parts for name, parts in layers.items() if network_of(name) == network}
+        state.update({f"{network}.{name}.lora_{part}.weight": tensor
+                      for name, (A, B, _) in own.items() for part, tensor in (("A", A), ("B", B))})
         ranks, alphas = ranks_and_alphas({name.removeprefix("text_model."): parts      # which transformers 5 leaves out
-                                          for name, parts in layers.items() if network_of(name) == network})
+                                          for name, parts in own.items()})
         rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
         own = dict(r=rank, lora_alpha=alpha, target_modules=list(ranks),
                    rank_pattern={name: value for name, value in ranks.items() if value != rank},
@@ -71,10 +81,12 @@ def diffusers_form(layers):
 
 def kohya_form(layers):
     """{name: tensor} with the names of kohya, AUTOMATIC1111 and ComfyUI, and kohya's metadata for them."""
-    state = {}
+    state, xl = {}, any(map(XL.search, layers))
+    original = {b: a for a, b in unet_prefixes((0, 2, 10), 2).items()} if xl else {}
     for name, (A, B, alpha) in layers.items():
-        state.update({kohya_name(name) + ".lora_down.weight": A, kohya_name(name) + ".lora_up.weight": B,
-                      kohya_name(name) + ".alpha": exactly(alpha, A.dtype)})
+        layer = kohya_name(rename(name, original))
+        state.update({f"{layer}.lora_down.weight": A, f"{layer}.lora_up.weight": B,
+                      f"{layer}.alpha": exactly(alpha, A.dtype)})
     metadata = {"ss_network_module": "networks.lora"}
     for key, values in zip(("ss_network_dim", "ss_network_alpha"), ranks_and_alphas(layers), strict=True):
         value = one_or_all(values)
@@ -132,11 +144,13 @@ def common_name(layer):
     layer = layer.removeprefix("base_model.model.")     # a folder saved by PEFT
     for network in ("unet.", "diffusion_model.", "text_encoder."):
         layer = layer.removeprefix(network)
+    second = "text_encoder_2." if layer.startswith("text_encoder_2.") else ""
+    layer = layer.removeprefix(second)
     layer = layer.replace(".processor.", ".")       # attn1.processor.to_q: diffusers before PEFT
     layer = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", layer)      # the same, of the text encoder
     if layer.startswith("encoder.layers."):
         layer = "text_model." + layer               # transformers 5 leaves it out
-    return kohya_name(layer + ".0" if layer.endswith(".to_out") else layer)
+    return kohya_name(second + layer + ".0" * layer.endswith(".to_out"))
 
 
 def names_in_files(modules):
@@ -145,6 +159,8 @@ def names_in_files(modules):
     layers = len({module.split(".")[3] for module in modules if module.startswith("down_blocks.0.resnets.")})
     attention = [any(module.startswith(f"down_blocks.{i}.attentions.") for module in modules) for i in range(levels)]
     known = {kohya_name(module): module for module in modules}
+    known.update({kohya_name(module.removeprefix("text_encoder.")): module      # XL's first, which has no number there
+                  for module in modules if module.startswith("text_encoder.")})
     for levels_with_attention in (attention, [False] * levels):     # export_lora() does not know which have none
         inverse = {b: a for a, b in unet_prefixes(levels_with_attention, layers).items()}
         known.update({kohya_name(rename(module, inverse)): module for module in modules})
@@ -163,8 +179,8 @@ def peft_config(path, metadata, network):
     """The alphas in PEFT's configuration: ([(pattern of names, alpha)], alpha of the other layers or None, rslora).
 
     It is in the metadata or, of a file adapter_model.safetensors, in adapter_config.json in the same folder; network:
-    "unet" or "text_encoder". Raises ValueError, TypeError, AttributeError, OverflowError, RecursionError or re.error if
-    it is malformed.
+    one of NETWORKS. Raises ValueError, TypeError, AttributeError, OverflowError, RecursionError or re.error if it is
+    malformed.
     """
     config_file = Path(path).with_name("adapter_config.json")
     text = metadata.get("lora_adapter_metadata", "{}")
@@ -188,7 +204,7 @@ def read_lora(path, modules):
     file = open_safetensors(path)
     metadata = dict(file.metadata() or {})
     try:
-        configs = {network: peft_config(path, metadata, network) for network in ("unet", "text_encoder")}
+        configs = {network: peft_config(path, metadata, network) for network in NETWORKS}
         dict(json.loads(metadata.get("ddpo_min", "{}")).items())        # must be an object: write_lora() adds to it
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise InputError(f"{path}: its metadata cannot be understood (ranks and alphas in lora_adapter_metadata, "
@@ -266,7 +282,7 @@ def export_lora(path, form, scale=1.0):
 
     scale: multiplies every alpha. The tensors do not change, to the last bit.
     """
-    layers, metadata = read_lora(path, all_modules())
+    layers, metadata = read_lora(path, all_modules(xl=any(map(XL.search, open_safetensors(path).keys()))))
     if any(abs(alpha * scale) > torch.finfo(torch.float32).max for _, _, alpha in layers.values()):
         raise InputError(f"{path}: its alphas times {scale:g} are too large for float32; take a smaller strength")
     target = Path(path).with_name(f"{Path(path).stem}-{form}.safetensors")
@@ -275,10 +291,14 @@ def export_lora(path, form, scale=1.0):
 
 
 @cache
-def all_modules():
-    """Names of the layers of a UNet of four levels and of a text encoder of 24 layers; needs no weights."""
+def all_modules(xl):
+    """Names of the layers of a UNet and the text encoder, of 1.x and 2.x or of XL; needs no weights."""
+    unet, text = UNetConfig(attention=(1,) * 4), TextConfig(layers=24)
+    if xl:
+        unet, text = UNetConfig(widths=(32,) * 3, attention=(10,) * 3, middle=10, pooled=1), TextConfig(layers=32)
     with torch.device("meta"):
-        networks = UNet(UNetConfig(attention=(True,) * 4)), TextEncoder(TextConfig(layers=24))
+        text = TextEncoders(TextEncoder(text), TextEncoder(text)) if xl else TextEncoder(text)
+        networks = UNet(unet), text
     return [name for network in networks for name in lora_modules(network)]
 
 

@@ -6,6 +6,7 @@ nests them (down_blocks.0.resnets.0, ...); each function below builds {original 
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 OPENCLIP = "cond_stage_model.model."        # the text encoder of Stable Diffusion 2.x
+TEXT_XL, OPENCLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."     # XL's two
 
 RESBLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
             "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -14,10 +15,11 @@ RESBLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "tim
 def unet_prefixes(attention, layers):
     """Original -> diffusers prefixes of a UNet.
 
-    attention: for each level, whether it has transformers; layers: residual blocks of a down level.
+    attention: for each level, how many layers its transformers have; layers: residual blocks of a down level.
     """
     pairs = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+             "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 
     def resblock(original, ours):
         pairs.update({f"{original}.{a}": f"{ours}.{b}" for a, b in RESBLOCK.items()})
@@ -42,7 +44,7 @@ def unet_prefixes(attention, layers):
                 pairs[f"output_blocks.{n}.1"] = f"up_blocks.{i}.attentions.{j}"
             n += 1
         if i < levels - 1:
-            pairs[f"output_blocks.{n - 1}.{1 + has_attention}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
+            pairs[f"output_blocks.{n - 1}.{1 + bool(has_attention)}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
     return pairs
 
 
@@ -72,6 +74,7 @@ def vae_prefixes(levels, layers):
 def openclip_prefixes(layers):
     """OpenCLIP -> transformers prefixes of a text encoder; OpenCLIP's in_proj_weight and _bias hold q, k and v."""
     pairs = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm",
+             "text_projection": "text_projection.weight",       # its transpose
              "positional_embedding": "text_model.embeddings.position_embedding.weight"}
     for i in range(layers):
         for a, b in (("ln_1", "layer_norm1"), ("attn", "self_attn"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),

@@ -33,15 +33,18 @@ class Learner:
     def load_state_dict(self, state):
         """Go on from state_dict(). Raises ValueError, before anything changes, if it is of another model or LoRA."""
         if (state.keys() != {"parameters", "alphas", "optimizer", "statistics"}
-                or state["optimizer"].keys() != {"state", "param_groups", "scaler"}):
+                or state["optimizer"].keys() != {"state", "param_groups", "scaler", "ahead", "average", "steps"}):
             raise ValueError("parts are missing")
         given, moments = state["parameters"], state["optimizer"]["state"]
-        if given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given))):
+        ahead, average = state["optimizer"]["ahead"], state["optimizer"]["average"]
+        if (given.keys() != self.parameters.keys() or not moments.keys() <= set(range(len(given)))
+                or len(ahead) not in (0, len(given)) or len(average) != len(self.optimizer.average)):
             raise ValueError("it has other layers")
         if state["alphas"] != self.alphas:
             raise ValueError("its LoRA has other alphas")
         for i, (name, p) in enumerate(self.parameters.items()):
-            for tensor in (given[name], *(moments[i][key] for key in ("exp_avg", "exp_avg_sq") if i in moments)):
+            own = (moments[i][key] for key in ("exp_avg", "exp_avg_sq") if i in moments)
+            for tensor in (given[name], *own, *ahead[i:i + 1], *average[i:i + 1]):
                 if tensor.shape != p.shape or tensor.dtype != p.dtype:
                     raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(p.shape)}")
             if not given[name].isfinite().all():
@@ -56,10 +59,9 @@ class Learner:
 
         mark: what stands in the file's name before its dot; story: what its metadata say.
         """
-        path = folder / self.file.replace(".", f"{mark}.")
-        if self.lora:
-            save_lora(path, self.lora, base_name=self.model.base, **story)
-        else:
-            model = self.model
+        path, model = folder / self.file.replace(".", f"{mark}."), self.model
+        with self.optimizer.averaged():
+            if self.lora:
+                return save_lora(path, self.lora, base_name=model.base, **story)
             save_single_file(path, model.unet, model.vae, model.text_encoder, torch.float32,
-                             model.image_size, **story)
+                             model.image_size, model.prediction, **story)

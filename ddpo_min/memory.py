@@ -18,7 +18,7 @@ def try_out(policy, parameters, batch, spare=False):
     held = [torch.empty_like(p) for p in parameters for _ in range(2)]
     if spare and device.type == "cuda":
         held.append(torch.empty(torch.cuda.mem_get_info(device)[1] // 20, dtype=torch.uint8, device=device))
-    x_t = torch.zeros(batch, 4, model.latent_size, model.latent_size, device=device)
+    x_t = torch.zeros(batch, 4, *model.shape, device=device)
     context = policy.empty.expand(batch, -1, -1)
     try:
         policy.eps(x_t, policy.steps.t[0], context, policy.guidance).sum().backward()

@@ -84,6 +84,27 @@ class Plan:
                 yield samples, i, (samples.stop - samples.start) / (self.minibatch * len(steps))
             self._tell("training", samples, first)
 
+    def noised_minibatches(self, rng, times, count):
+        """The forward process's: DDPO's minibatches, each of their samples noised anew to `count` timesteps.
+
+        times: the timesteps to choose from; they are cut into `count` parts, and one is drawn from each. A minibatch is
+        an iterator of (samples, t, seeds, part): a micro-batch (slice) of this process, the timestep and the noise's
+        seed of each of its samples (the same numbers however the minibatch is divided), and its part of the minibatch.
+        """
+        times, k = np.asarray(times), np.arange(count)[:, None]
+        for _ in range(self.inner_epochs):
+            for first in rng.permutation(np.arange(0, self.samples, self.minibatch)).tolist():
+                place, seeds = (rng.integers(most, size=(count, self.minibatch)) for most in (len(times), 2 ** 32))
+                yield self._noised(first, times[(k * len(times) + place) // count], seeds)
+
+    def _noised(self, first, t, seeds):
+        self.progress("training", 0)
+        for samples in self._micro_batches(first):
+            own = slice(samples.start - first, samples.stop - first)
+            for k in range(len(t)):
+                yield samples, t[k, own], seeds[k, own], (samples.stop - samples.start) / t.size
+            self._tell("training", samples, first)
+
     def random_minibatches(self, weights, rng):
         """Weighted regression's: the samples of weight above 0, again and again in new random order.
 

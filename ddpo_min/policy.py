@@ -30,12 +30,12 @@ class Policy:
         return self.model.encode_prompts([self.negative])
 
     def predict(self, x, t, context):
-        """The network's eps. Compiled, sampling runs training's graph, too: another one rounds differently."""
+        """What the network says. Compiled, sampling runs training's graph, too: another one rounds differently."""
         if self.compiled is None:
             return self.model.unet(x, t, context)
         with torch.enable_grad():       # contiguous: another order of memory would be compiled again
-            eps = self.compiled(x.contiguous(), t.contiguous(), context.contiguous())
-        return eps if torch.is_grad_enabled() else eps.detach()
+            out = self.compiled(x.contiguous(), t.contiguous(), context.contiguous())
+        return out if torch.is_grad_enabled() else out.detach()
 
     def eps(self, x_t, t, context, guidance):
         """Predicted noise, guided: both halves in one batch; one half if guidance is 1.
@@ -46,10 +46,12 @@ class Policy:
         if isinstance(t, int):
             t = torch.full((len(x_t),), t, device=x_t.device)       # made there: a copy would wait for the GPU
         if guidance == 1:
-            return self.predict(x_t.to(dtype), t, context.to(dtype)).to(x_t.dtype)
-        both = torch.cat([self.empty.expand_as(context), context])
-        eps = self.predict(torch.cat([x_t, x_t]).to(dtype), torch.cat([t, t]), both.to(dtype))
-        return guide(*eps.to(x_t.dtype).chunk(2), guidance)
+            out = self.predict(x_t.to(dtype), t, context.to(dtype)).to(x_t.dtype)
+        else:
+            both = torch.cat([self.empty.expand_as(context), context])
+            out = self.predict(torch.cat([x_t, x_t]).to(dtype), torch.cat([t, t]), both.to(dtype))
+            out = guide(*out.to(x_t.dtype).chunk(2), guidance)
+        return self.model.noise(out, x_t, t)
 
     def act(self, x_t, i, context, noise, to_train=True):
         """Take denoising step i: returns (x_prev, its log_prob (B,)).
@@ -67,7 +69,7 @@ class Policy:
         return ddim_step(x_t, eps, self.steps, i, x_prev=x_prev)[1], eps
 
     @torch.no_grad()
-    def base_eps(self, x_t, i, context):
-        """What the base model predicts at step i: the same with the LoRA switched off, and so without --init-lora."""
+    def base_eps(self, x_t, t, context):
+        """What the base model predicts: eps of training with the LoRA switched off, and so without --init-lora."""
         with switched_off(self.lora):
-            return self.eps(x_t, self.steps.t[i], context, self.training_guidance)
+            return self.eps(x_t, t, context, self.training_guidance)

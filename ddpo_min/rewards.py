@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,10 @@ def incompressible(images, prompts):
 
 
 REWARDS = dict(jpeg=jpeg, incompressible=incompressible)
-WITH_NETWORKS = ("aesthetic", "clip", "vlm")       # made by clip_rewards.py and vlm.py
+WITH_NETWORKS = ("aesthetic", "clip", "hps", "pickscore", "vlm")       # see scorer.find_reward()
+# Rewards that cannot be had by name, and what to do instead
+ELSEWHERE = {"imagereward": "its network is a BLIP, which none of the packages used here has; install image-reward and "
+                            "give it as a function of your own, see docs/rewards.md"}
 LARGEST = 1e300     # of a reward: the sum over an epoch must be a float64, too
 
 
@@ -76,6 +79,8 @@ def _module_of_file(path):
 
 def find_own(name, flag="--reward"):
     """A user's reward: "my_rewards.py:red" or "package.module:function". Raises InputError if it is not there."""
+    if name in ELSEWHERE:
+        raise InputError(f"{flag} {name}: {ELSEWHERE[name]}")
     where, _, function = name.rpartition(":")
     if not where:
         raise InputError(f"{flag} {name}: unknown; expected one of {', '.join([*REWARDS, *WITH_NETWORKS])}, or your "
@@ -96,10 +101,47 @@ def find_own(name, flag="--reward"):
     return getattr(module, function)
 
 
+def adapt(reward, name="own", device="cpu"):
+    """A reward in the form of TRL's, ddpo-pytorch's or Flow-GRPO's trainers as one of ours; any other as it is.
+
+    Theirs: (images float (B, 3, H, W) in [0, 1], prompts, metadata) -> (rewards, info), known by its third parameter;
+    or a function without parameters, or with a device alone, that makes one. Says so. Raises InputError.
+    """
+    try:
+        parameters = list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError):     # a function in C
+        return reward
+    if [p.name for p in parameters] in ([], ["device"]):
+        try:
+            with put_back():
+                made = reward(*[device] * len(parameters))
+        except (Exception, SystemExit) as error:
+            raise InputError(f"reward {name}: takes no pictures, so it was called to make the reward, and failed "
+                             f"({type(error).__name__}: {first_line(error)}); mend it there")
+        if not callable(made):
+            raise InputError(f"reward {name}: takes no pictures and makes no reward; expected parameters (images, "
+                             "prompts), or (images, prompts, metadata) as in TRL and ddpo-pytorch")
+        return adapt(made, name, device)
+    third = [p for p in parameters[2:3] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+             and (p.default is p.empty or "meta" in p.name)]
+    if not third:
+        return reward
+    print(f"  reward {name}: called as in TRL and ddpo-pytorch, f(images in [0, 1], prompts, {third[0].name}) -> "
+          f"(rewards, info), with an empty {third[0].name}")
+
+    @wraps(reward)
+    def called(images, prompts):
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous() / 255
+        result = reward(x, tuple(prompts), tuple({} for _ in prompts))
+        return result[0] if isinstance(result, tuple) and len(result) == 2 else result
+
+    return called
+
+
 def fingerprint(reward):
     """SHA-256 of the file that a reward's code is in, in hexadecimal; "" if there is none."""
     try:
-        return hashlib.sha256(Path(inspect.getsourcefile(reward)).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(inspect.getsourcefile(inspect.unwrap(reward))).read_bytes()).hexdigest()
     except (TypeError, OSError):        # an object, a function in C, one typed into a shell
         return ""
 
@@ -117,7 +159,9 @@ def score(reward, images, prompts, name="the reward", first=0, alone=True):
     except InputError as error:
         raise InputError(f"{name} failed on {which}: {error}")
     except (Exception, SystemExit) as error:
-        frame = error.__traceback__.tb_next         # the reward's own, if it is written in Python
+        frame = error.__traceback__         # the reward's own, if it is written in Python
+        while frame and frame.tb_frame.f_code.co_filename == __file__:
+            frame = frame.tb_next
         line = f", in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""
         raise InputError(f"{name} failed on {which}{line} ({type(error).__name__}: {first_line(error)}); mend it there")
     try:

@@ -15,7 +15,7 @@ class Trajectories:
     """
     latents: torch.Tensor       # (rows, T+1, 4, h, w), from pure noise x_T to x_0; or (rows, 1, 4, h, w), x_0 alone;
                                 # float32 at least, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
-    log_p_old: torch.Tensor     # (rows, T), as training will see it; of images alone, as sampled
+    log_p_old: torch.Tensor     # (rows, T), as training will see it; of x_0 or images alone, as sampled
     contexts: torch.Tensor      # (P, 77, width): the embedding of each prompt, once
     context_index: torch.Tensor     # (N,) on the CPU: which of them is a sample's
     row: torch.Tensor           # (N,) on the CPU: the row of a sample; that of one drawn elsewhere has no meaning
@@ -35,6 +35,17 @@ class Trajectories:
         x_t, x_prev = (self.latents[rows, k].to(self.contexts.device) for k in (i, i + 1))
         return x_t, x_prev, self.log_p_old[rows, i], self.context(samples)
 
+    def noised(self, samples, t, seeds, alpha_bar):
+        """Their finished latents, noised anew to timestep t[b] by the noise of seeds[b]: (x_t, t, eps, context).
+
+        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps    [DDPM Eq. 4]
+        """
+        x_0, t = self.x_0(samples), torch.as_tensor(t)
+        eps = sample_noise(seeds, 0, x_0.shape[1:])[:, 0].to(x_0)
+        alpha_bar_t = alpha_bar[t].to(x_0)[:, None, None, None]
+        x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
+        return x_t, t.to(x_0.device), eps, self.context(samples)
+
 
 def sample_noise(seeds, steps, shape):
     """All the noise of trajectories, each sample's from its own seed, drawn on the CPU whatever the device.
@@ -47,13 +58,12 @@ def sample_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, latent_shape=None):
+def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None):
     """Draw a picture for each prompt and keep how it came about.
 
     prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
     to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
-    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn;
-    latent_shape: (h, w), the model's own if None.
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn.
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -61,7 +71,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     place = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     unique = sorted(set(prompts))
     contexts, which = model.encode_prompts(unique), torch.tensor([unique.index(prompt) for prompt in prompts])
-    height, width = latent_shape or (model.latent_size, model.latent_size)
+    height, width = model.shape
     # Of nothing: a process may have no sample at all
     latents = [torch.empty(0, T + 1 if keep == "path" else 1, 4, height, width, dtype=place["dtype"])]
     log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]
@@ -70,7 +80,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
         noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
         for i in range(T):
-            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep != "images")
+            x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep == "path")
             path.append(x_prev)
             log_probs.append(log_p)
         latents.append(torch.stack(path if keep == "path" else path[-1:], dim=1).cpu())

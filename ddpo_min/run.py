@@ -2,11 +2,12 @@
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 
 from . import __version__, figures
-from .cli import ON_RESUME, command, how_to_resume
+from .cli import ON_RESUME, command, how_to_resume, stop_bound
 from .device import peak_memory_mb
 from .figures import number
 from .files import InputError, NotFinite, uninterrupted
@@ -17,7 +18,8 @@ from .progress import Progress
 from .weights import SHIPPED
 
 # What the line of an epoch shows of its metrics, where they are there
-SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
+SHOWN = (("kl_to_base", "kl to base {:.1e}"), ("distance_to_base", "from base {:.1e}"),
+         ("distance_to_old", "from old {:.1e}"), ("approx_kl", "kl {:.1e}"), ("clip_fraction", "clipped {:.2f}"),
          ("effective_samples", "worth {:.0f} samples"), ("loss", "loss {:.1e}"), ("grad_norm", "gradient {:.3f}"),
          ("max_ratio_error", "ratio error {:.0e}"))
 
@@ -43,6 +45,8 @@ class Run:
                 raise
         self.progress = Progress(settings.epochs, settings.samples, settings.inner_epochs)
         self.history, self.result, self.finished, self.started = [], None, 0, time.time()
+        name, self.bound = stop_bound(settings)
+        self.bounded = "eval_reward" if name == settings.reward else f"eval_score_{name}"
 
     @property
     def folder(self):
@@ -74,7 +78,7 @@ class Run:
             self.progress.open(self.finished)
             try:
                 try:
-                    yield self.progress.epochs_from(self.finished)
+                    yield takewhile(lambda _: not self.has_fallen, self.progress.epochs_from(self.finished))
                 finally:
                     self.progress.close()
                 self.finish()
@@ -104,6 +108,10 @@ class Run:
     def begin(self):
         """The evaluation before training; only then the folder: a run that fails until then leaves none behind."""
         images, rewards, scores = self.evaluation.run()
+        before = means(rewards, scores).get(self.bounded, -inf)
+        if before < self.bound:
+            raise InputError(f"--stop-when {self.settings.stop_when}: before training it is "
+                             f"{'missing' if before == -inf else number(before)}; choose a bound below what it is then")
         if self.writes:
             self.found(images, rewards, scores)
         self.files.path = Path(gather(str(self.folder))[0])
@@ -180,12 +188,17 @@ class Run:
         if not drawn:
             return {}
         _, rewards, scores = drawn
-        return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
+        return means(rewards, scores)
+
+    def evaluated(self, evaluate):
+        """What an evaluation gives: of the average, with --ema."""
+        with self.learner.optimizer.averaged():
+            return evaluate()
 
     def between(self, evaluate):
         """What an evaluation between two epochs gives; None if a reward fails: the epoch before must not be lost."""
         try:
-            return evaluate()
+            return self.evaluated(evaluate)
         except NotFinite:
             raise
         except InputError as error:
@@ -202,7 +215,8 @@ class Run:
         self.publish()
 
     def keep(self):
-        """Copies of what was learned that later epochs do not replace: of every Nth epoch, and the best evaluated."""
+        """Copies of what was learned that later epochs do not replace: of every Nth epoch, the best evaluated, and the
+        last above --stop-when's bound."""
         s, score = self.settings, "eval_reward"
         if not self.history:
             return
@@ -210,6 +224,13 @@ class Run:
             self.save_learned(f"_{self.finished:04d}")
         if score in self.history[-1] and self.history[-1][score] == max(h.get(score, -inf) for h in self.history):
             self.save_learned("_best", evaluated=self.history[-1][score])
+        if s.stop_when and self.history[-1].get(self.bounded, -inf) >= self.bound:
+            self.save_learned("_above", evaluated=self.history[-1][score])
+
+    @property
+    def has_fallen(self):
+        """Whether the last epoch's evaluation is below the bound of --stop-when."""
+        return bool(self.history) and self.history[-1].get(self.bounded, inf) < self.bound
 
     def publish(self):
         """What the checkpoint has, for other programs; a complete model at the end only, it is large."""
@@ -232,13 +253,19 @@ class Run:
     def finish(self):
         """The evaluation after training, what was learned, the curve and the comparison; prints what has changed."""
         if not self.writes:
-            self.evaluation.run()
+            self.evaluated(self.evaluation.run)
             return
+        if self.has_fallen:
+            above = self.folder / self.learner.file.replace(".", "_above.")
+            print(f"--stop-when {self.settings.stop_when}: {number(self.history[-1][self.bounded])} after epoch "
+                  f"{self.finished}, so the run ends; "
+                  + (f"{above} was the last above the bound" if above.exists() else "no epoch was above the bound")
+                  + f"; go on with {self.how_to_go_on} --stop-when ''")
         print("evaluating on the held-out seeds ...")
         self.save_learned()         # these two before anything else can fail
         if self.history:
             figures.save_curve(self.folder / "curve.png", self.history, f"{self.settings.reward}: reward over training")
-        images, rewards, scores = self.evaluation.run()
+        images, rewards, scores = self.evaluated(self.evaluation.run)
         shown = self.evaluation.shown
         self.files.add_row(self.finished, images[shown], self.captions(rewards[shown]))
         images_before, rewards_before, scores_before = self.files.before()
@@ -255,6 +282,11 @@ class Run:
         print(describe_result(self.settings.reward, self.result, time.time() - self.started))
         print(f"Look at {self.folder}/before_after.png, samples.webp, curve.png; {self.learner.file} has what was "
               "learned.")
+
+
+def means(rewards, scores):
+    """What an evaluation's means are called in the log: {name: mean}."""
+    return dict(eval_reward=rewards.mean(), **{f"eval_score_{name}": own.mean() for name, own in scores.items()})
 
 
 def describe_epoch(metrics):

@@ -4,8 +4,6 @@ import torch
 
 from .losses import rwr_loss
 from .metrics import Metrics
-from .rollout import sample_noise
-from .schedule import alphas_cumprod
 
 
 def peers(prompts, per_prompt):
@@ -50,18 +48,14 @@ def effective_samples(weights):
 def rwr_update(policy, optimizer, trajectories, weights, rng, *, plan):
     """Fine-tune the policy on an epoch's pictures, each with its weight: an optimizer step for each minibatch.
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps    [DDPM Eq. 4], t and eps drawn afresh each time
-    weights: float (N,); rng: numpy Generator, of the order, t and eps; plan: see Plan. Returns {metric: mean}.
+    weights: float (N,); rng: numpy Generator, of the order, the timesteps and the noise, which are drawn afresh each
+    time; plan: see Plan. Returns {metric: mean}.
     """
-    device, metrics = trajectories.contexts.device, Metrics()
-    alpha_bar = alphas_cumprod().to(device, trajectories.latents.dtype)
+    metrics = Metrics()
     for minibatch in plan.random_minibatches(weights, rng):
         for samples, t, seeds, part in minibatch:
-            x_0, context = trajectories.x_0(samples), trajectories.context(samples)
-            t, eps = torch.as_tensor(t, device=device), sample_noise(seeds, 0, x_0.shape[1:])[:, 0].to(x_0)
-            alpha_bar_t = alpha_bar[t][:, None, None, None]
-            x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
-            weight = torch.as_tensor(weights[samples]).to(x_0)
+            x_t, t, eps, context = trajectories.noised(samples, t, seeds, policy.model.alpha_bar)
+            weight = torch.as_tensor(weights[samples]).to(x_t)
             loss = rwr_loss(policy.eps(x_t, t, context, policy.training_guidance), eps, weight)
             optimizer.backward(part * loss)
             metrics.add(len(samples), loss=loss)

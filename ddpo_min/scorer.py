@@ -4,10 +4,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import numpy as np
 from tqdm import tqdm
 
-from . import clip_rewards
+from . import clip_rewards, preference_rewards
+from .advantages import clipped_advantages
 from .files import InputError
 from .processes import gather
-from .rewards import REWARDS, WITH_NETWORKS, find_own, fingerprint, score
+from .rewards import REWARDS, WITH_NETWORKS, adapt, find_own, fingerprint, score
 from .vlm import alignment
 from .vlm import check as check_vlm
 
@@ -33,12 +34,12 @@ def parse_rewards(text, flag="--reward"):
     return weights
 
 
-def check_rewards(reward, watch, *, small, clip, vlm):
+def check_rewards(reward, watch, *, small, clip, files, vlm):
     """The rewards that are asked for: ({name: weight} of the sum, [names to score, the watched ones too]).
 
     reward: as parse_rewards() takes it, "" for a function that is passed in; watch: names with commas between; small:
-    whether the model is of the shipped one's kind; clip, vlm: keywords of clip_rewards.check() and vlm.check().
-    Raises InputError for what could not work, before anything slow starts.
+    whether the model is of the shipped one's kind; clip, vlm: keywords of clip_rewards.check() and vlm.check(); files:
+    see preference_rewards.check(). Raises InputError for what could not work, before anything slow starts.
     """
     weights = parse_rewards(reward) if reward else {}
     watched = parse_rewards(watch, "--watch") if watch else {}
@@ -46,6 +47,7 @@ def check_rewards(reward, watch, *, small, clip, vlm):
         raise InputError(f"--watch {watch}: weights have no meaning there; expected NAME,NAME")
     names = list(dict.fromkeys([*weights, *watched]))
     clip_rewards.check(names, small=small, **clip)
+    preference_rewards.check(names, files)
     if "vlm" in names:
         check_vlm(**{name: vlm[name] for name in ("url", "model", "reference", "encoder", "api_key_env")})
     return weights, names
@@ -66,6 +68,7 @@ class Scorer:
         self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
                       if name not in REWARDS and name not in WITH_NETWORKS}
         self.pending = []       # (number of its first sample, the future scores) of each micro-batch
+        self.parts = {}         # {name: scores (N,)} of the sum's parts, of what was collected last
         self.missing, self.reported = {}, set()     # watched rewards that failed: why, since collect(); ever
 
     def add(self, images, prompts, first):
@@ -115,8 +118,20 @@ class Scorer:
         for name in missing.keys() - self.reported:
             tqdm.write(f"{missing[name]}; it is only watched: the run goes on, without it where it fails")
         self.reported |= missing.keys()
+        self.parts = {name: scores[name] for name in self.weights}
         rewards = sum(weight * scores[name] for name, weight in self.weights.items())
         return rewards, {name: own for name, own in scores.items() if name != self.total}
+
+    def weigh_each(self, prompts, rewards, *, clip, **how):
+        """The advantages of what was collected last, each part of the sum by itself: its weight counts, not its scale.
+
+        A = sum_k w_k A_k, cut at +-clip; A_k: of part k alone, as in clipped_advantages(), uncut.
+        prompts: list of N str; rewards: the sum, which plays no part; how: the other keywords of clipped_advantages(),
+        whose `statistics` then keep the rewards of each (part, prompt). Returns float64 (N,).
+        """
+        own = {name: clipped_advantages([(name, prompt) for prompt in prompts], scores, clip=np.inf, **how)
+               for name, scores in self.parts.items()}
+        return sum(self.weights[name] * advantages for name, advantages in own.items()).clip(-clip, clip)
 
     def results(self):
         """Wait for everything added: ([(first, {name: scores})] of micro-batches, {watched reward: why it failed})."""
@@ -146,24 +161,25 @@ class Scorer:
         self.pending, self.missing = [], {}
 
 
-def make_scorer(reward, watch, model, device, *, prompts, small, clip, vlm, own=None):
+def make_scorer(reward, watch, model, device, *, prompts, own=None, **made_of):
     """The Scorer of the rewards that are asked for; prints what the ones with networks of their own are made of.
 
     prompts: those trained on; own: a function (images, prompts) -> numbers, to train on in place of `reward`, which is
-    then its name only; the rest as of check_rewards().
+    then its name only; made_of: the keywords of check_rewards().
     """
-    weights, names = check_rewards("" if own else reward, watch, small=small, clip=clip, vlm=vlm)
-    functions = {name: find_reward(name, model, device, prompts=prompts, small=small, clip=clip, vlm=vlm)
-                 for name in names}
+    weights, names = check_rewards("" if own else reward, watch, **made_of)
+    functions = {name: find_reward(name, model, device, prompts=prompts, **made_of) for name in names}
     if own:
-        weights, functions = {reward: 1.0}, {reward: own, **functions}
+        weights, functions = {reward: 1.0}, {reward: adapt(own, reward, device), **functions}
     return Scorer(weights, functions, total=reward)
 
 
-def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, vlm=None):
+def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, files=None, vlm=None):
     """The reward function of one name; the keywords are for those with networks of their own, see check_rewards()."""
     if name in ("aesthetic", "clip"):
         return getattr(clip_rewards, name)(device, small=small, **clip or {})
+    if name in preference_rewards.FILES:
+        return preference_rewards.preference(name, device, (files or {}).get(name, ""))
     if name == "vlm":
         return alignment(model.text_encoder, prompts, **vlm)
-    return REWARDS.get(name) or find_own(name)
+    return REWARDS.get(name) or adapt(find_own(name), name, device)

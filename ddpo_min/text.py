@@ -1,7 +1,8 @@
 """CLIP's text encoder as Stable Diffusion uses it: token ids (B, 77) -> one vector for each token (B, 77, width).
 
-There is no pooling: the UNet's cross-attention reads every token after the final LayerNorm, padding included. 1.x uses
-OpenAI's CLIP, 2.x OpenCLIP's without its last layer. Modules have the names of the transformers checkpoint.
+The UNet's cross-attention reads every token after the final LayerNorm, padding included. 1.x uses OpenAI's CLIP, 2.x
+OpenCLIP's without its last layer. XL uses one of each, without last layer and LayerNorm, and a pooled text besides.
+Modules have the names of the transformers checkpoint.
 """
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import shown
+from .files import InputError, shown
 from .layers import attention
 
 END_OF_TEXT = 49407     # ends a prompt, and pads it in Stable Diffusion 1.x; OpenCLIP, and so 2.x, pads with 0
@@ -27,6 +28,8 @@ class TextConfig:
     inner: int = 3072       # width of the MLP's hidden layer
     used: int = None        # layers that are run before the final LayerNorm; None: all
     openclip: bool = False  # OpenCLIP's exact GELU and padding instead of OpenAI's
+    norm: bool = True       # the output goes through the final LayerNorm (not in XL)
+    projection: int = 0     # width of the pooled text (XL's second encoder); 0: none
 
     @property
     def padding(self):
@@ -116,15 +119,16 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, of which the first `used` are run: Stable Diffusion 2.x leaves out OpenCLIP's last."""
+    """The layers, of which the first `used` are run: Stable Diffusion 2.x and XL leave out the last."""
 
     def __init__(self, config):
         super().__init__()
         self.used = config.used
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
-    def forward(self, x):
-        for layer in self.layers[:self.used]:
+    def forward(self, x, rest=False):
+        """x (B, N, C) through the layers that are used, or through the rest of them."""
+        for layer in self.layers[self.used:] if rest else self.layers[:self.used]:
             x = layer(x)
         return x
 
@@ -134,22 +138,84 @@ class TextModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.norm = config.norm
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, token_ids):
-        return self.final_layer_norm(self.encoder(self.embeddings(token_ids)))
+        x = self.encoder(self.embeddings(token_ids))
+        return self.final_layer_norm(x) if self.norm else x
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text encoder without its projection; in the checkpoint its names begin with `text_model.`"""
+    """CLIP's text encoder; in the checkpoint its names begin with `text_model.`"""
 
     def __init__(self, config=TextConfig()):
         super().__init__()
         self.config = config
         self.text_model = TextModel(config)
+        if config.projection:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
+
+    @property
+    def encoders(self):
+        """One or two: this one alone."""
+        return self,
 
     def forward(self, token_ids):
         """token_ids: int64 (B, N), N up to 77; returns (B, N, width), the context of the UNet."""
         return self.text_model(token_ids)
+
+    def pooled(self, context, token_ids):
+        """XL's pooled text: the end mark after all layers and the final LayerNorm, projected.
+
+        context: forward(token_ids), (B, N, width); returns (B, projection).
+        """
+        end = (token_ids == END_OF_TEXT).int().argmax(dim=1)        # the first
+        x = self.text_model.encoder(context, rest=True)[torch.arange(len(end), device=end.device), end]
+        return self.text_projection(self.text_model.final_layer_norm(x))
+
+    def tokens(self, prompts):
+        """Prompts (list of B str) -> their token ids on its device. Raises InputError if it is not for CLIP's."""
+        if self.config.vocabulary <= END_OF_TEXT:
+            raise InputError(f"the model's text encoder knows {self.config.vocabulary} tokens; expected CLIP's 49408")
+        device = self.text_model.final_layer_norm.weight.device
+        return tokenize(prompts, self.config.positions, self.config.padding).to(device)
+
+    def encode(self, prompts):
+        """Prompts (list of B str) -> the context of the UNet, (B, 77, width)."""
+        return self(self.tokens(prompts))
+
+
+class TextEncoders(nn.Module):
+    """XL's two text encoders, OpenAI's CLIP and OpenCLIP's, under their names in a diffusers folder."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.config = first.config
+        self.text_encoder, self.text_encoder_2 = first, second
+
+    @property
+    def encoders(self):
+        """Both."""
+        return self.text_encoder, self.text_encoder_2
+
+    @property
+    def text_model(self):
+        """The first one's."""
+        return self.text_encoder.text_model
+
+    def encode(self, prompts):
+        """Prompts (list of B str) -> the context of the UNet, (B, 78, width), in one tensor with the pooled text.
+
+        A row has both encoders' vectors of a token side by side; the last has the second's pooled text, then zeros. All
+        is zero for an empty prompt, as XL was trained.
+        """
+        ids = self.text_encoder_2.tokens(prompts)
+        second = self.text_encoder_2(ids)
+        tokens = torch.cat([self.text_encoder.encode(prompts), second], dim=2)
+        pooled = self.text_encoder_2.pooled(second, ids)
+        pooled = F.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))
+        empty = torch.tensor([prompt == "" for prompt in prompts], device=ids.device)
+        return torch.cat([tokens, pooled[:, None]], dim=1).masked_fill(empty[:, None, None], 0)

@@ -5,6 +5,7 @@
 Each level has residual blocks, which read the timestep t, and transformers, which read the prompt by cross-attention.
 The outputs of the down blocks are kept and concatenated, last first, to the inputs of the up blocks (skip connections).
 Modules and parameters have the names of the diffusers checkpoint, so a state dict loads strictly, without renaming.
+XL also reads a pooled text and the picture's size, which are added to the time.
 """
 import math
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
 
+SIZE_FEATURES = 256     # sinusoidal features of each of XL's six size numbers
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -23,13 +26,16 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     widths: tuple = (320, 640, 1280, 1280)          # channels of each level
-    attention: tuple = (True, True, True, False)    # levels with transformers (the middle block always has one)
+    attention: tuple = (1, 1, 1, 0)                 # transformer layers of each level; in XL (0, 2, 10)
+    middle: int = 1                                 # transformer layers of the middle block
     layers: int = 2                                 # residual blocks of a down level; an up level has one more
-    context_width: int = 768                        # width of the text encoder's output
+    context_width: int = 768                        # width of the text encoder's output, or of both side by side (XL)
     heads: int = 8                                  # attention heads of every level
     groups: int = 32                                # groups of every GroupNorm
-    head_width: int = 0                             # channels per head (64 in 2.x) instead of `heads`; 0: use `heads`
-    linear: bool = False                            # proj_in and proj_out: linear (2.x), not 1x1 convolutions
+    head_width: int = 0                             # channels per head (64 in 2.x, XL) instead of `heads`; 0: `heads`
+    linear: bool = False                            # proj_in and proj_out: linear (2.x, XL), not 1x1 convolutions
+    pooled: int = 0                                 # width of the pooled text (XL), the context's last row; 0: none
+    pixels: int = 8                                 # of the picture, a side, to one of the latents (XL's size numbers)
 
     def heads_at(self, width):
         """Number of attention heads of a level with `width` channels."""
@@ -102,15 +108,15 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block on the sequence of a feature map's pixels: (B, C, H, W) -> (B, C, H, W)."""
+    """Transformer blocks on the sequence of a feature map's pixels: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, width, config):
+    def __init__(self, width, config, layers):
         super().__init__()
         self.linear = config.linear
         self.norm = GroupNorm(config.groups, width, eps=1e-6)      # 1e-6 here, 1e-5 in the residual blocks
         self.proj_in = nn.Linear(width, width) if config.linear else nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([
-            TransformerBlock(width, config.heads_at(width), config.context_width)])
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, config.heads_at(width), config.context_width) for _ in range(layers))
         self.proj_out = nn.Linear(width, width) if config.linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x, context):
@@ -118,7 +124,8 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2).contiguous()                   # (B, H*W, C); channels_last is not copied
         h = self.proj_in(h) if self.linear else h
-        h = self.transformer_blocks[0](h, context)
+        for block in self.transformer_blocks:
+            h = block(h, context)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, (height, width))
         return x + (h if self.linear else self.proj_out(h))
@@ -132,7 +139,7 @@ class Level(nn.Module):
         time_width = 4 * config.widths[0]
         self.resnets = nn.ModuleList(ResBlock(i, width, config.groups, time_width) for i in in_widths)
         if attention:
-            self.attentions = nn.ModuleList(SpatialTransformer(width, config) for _ in in_widths)
+            self.attentions = nn.ModuleList(SpatialTransformer(width, config, attention) for _ in in_widths)
         else:
             self.attentions = None
         self.downsamplers = nn.ModuleList([Downsample(width)]) if downsample else None
@@ -151,7 +158,7 @@ class MidBlock(nn.Module):
         super().__init__()
         time_width = 4 * config.widths[0]
         self.resnets = nn.ModuleList(ResBlock(width, width, config.groups, time_width) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, config)])
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config, config.middle)])
 
     def forward(self, x, time, context):
         x = self.resnets[0](x, time)
@@ -169,6 +176,8 @@ class UNet(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        if config.pooled:
+            self.add_embedding = TimeEmbedding(config.pooled + 6 * SIZE_FEATURES, 4 * widths[0])
 
         skips, channels = [widths[0]], widths[0]      # channels of every skip connection, in order; of x
         self.down_blocks = nn.ModuleList()
@@ -197,13 +206,26 @@ class UNet(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)    # nothing is random
         return block(*inputs)
 
+    def sizes(self, x_t):
+        """XL's size numbers of a picture that was neither scaled nor cropped: height, width, 0, 0, height, width.
+
+        x_t: (B, 4, H, W); returns the features of the six, in pixels, (B, 6 * SIZE_FEATURES) float32.
+        """
+        height, width, zero = (timestep_embedding(
+            torch.full((len(x_t),), self.config.pixels * side, device=x_t.device), SIZE_FEATURES)
+            for side in (*x_t.shape[-2:], 0))
+        return torch.cat([height, width, zero, zero, height, width], dim=1)
+
     def forward(self, x_t, t, context):
         """Predict the noise in x_t.
 
-        x_t: (B, 4, H, W) latents of any H and W; t: (B,) timesteps 0..999;
-        context: (B, tokens, context_width) from the text encoder. Returns eps, with x_t's shape and dtype.
+        x_t: (B, 4, H, W) latents of any H and W; t: (B,) timesteps 0..999; context: (B, tokens, context_width) from the
+        text encoder, in XL with a last row that begins with the pooled text. Returns eps, with x_t's shape and dtype.
         """
         time = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(x_t.dtype))
+        if self.config.pooled:
+            context, pooled = context[:, :-1], context[:, -1, :self.config.pooled]
+            time = time + self.add_embedding(torch.cat([pooled, self.sizes(x_t).to(x_t.dtype)], dim=1))
         x = self.conv_in(x_t)
         skips = [x]
         for level in self.down_blocks:

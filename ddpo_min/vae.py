@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .device import visiting
 from .files import NotFinite
 from .layers import Attention, Downsample, GroupNorm, ResBlock, Upsample
 
 DECODE_BATCH = 16       # pictures decoded together: more of them exceed the processor's cache and take longer
+DECODE_PIXELS = 2 ** 14     # of latents decoded together, to save memory: 4 pictures at 512 pixels, 1 at 1024
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,11 @@ def to_uint8(images):
 
 @torch.no_grad()
 def decode_images(vae, latents):
-    """Scaled latents (N, 4, h, w) -> images uint8 (N, H, W, 3), DECODE_BATCH at a time.
+    """Scaled latents (N, 4, h, w) -> images uint8 (N, H, W, 3), on the latents' device, some at a time.
 
     Raises NotFinite if the autoencoder overflows.
     """
     dtype = vae.post_quant_conv.weight.dtype
-    parts = latents.split(DECODE_BATCH)
-    return np.concatenate([to_uint8(vae.decode(part.to(dtype))) for part in parts])
+    parts = latents.split(max(1, min(DECODE_BATCH, DECODE_PIXELS // latents.shape[-2:].numel())))
+    with visiting(vae, latents.device):
+        return np.concatenate([to_uint8(vae.decode(part.to(dtype))) for part in parts])

@@ -212,6 +212,9 @@ def gradient_noise(rows):
         yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
                    f"{slope(T, seeds.mean(1)):.2f}")
     panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
+    for run in runs_of([row for row in rows if row["run"].startswith("awm")]):
+        own = np.array([row["signal_to_noise"] for row in rows if row["run"] == run and row["batch"] == 64])
+        yield line(run, plus_minus(own, 3, sign=False))
     for run in runs_of([row for row in rows if "after" in row["run"]]):
         own = column(rows, run, "cosine")[:, 0]
         yield line(run, plus_minus(own, 3, sign=False))
@@ -248,8 +251,26 @@ def guided_sampler(rows):
                f"{per_picture[0]:.3f}, and {training:.0f} of training")
 
 
+def scaling(rows):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    for axes, name, label in zip(panels, ("samples", "steps"), ("samples an epoch", "denoising steps T")):
+        own = [row for row in rows if row["run"] == name]
+        x, seconds = np.array([(row[name], row["seconds"]) for row in own]).T
+        each, start = np.polyfit(x, seconds, 1)
+        axes.plot(x, seconds, "o", color=COLORS[0], label="measured")
+        axes.plot([0, x[-1]], [start, start + each * x[-1]], color=COLORS[1],
+                  label=f"{start:.2f} s + {1000 * each:.0f} ms for each")
+        axes.set(xlabel=label, ylabel="seconds an epoch", xlim=0, ylim=0)
+        legend(axes)
+    save(figure, "scaling")
+    for row in rows:
+        yield line(*(f"{row[name]:.0f}" for name in ("samples", "steps", "processes")),
+                   *(f"{row[f'{phase}seconds']:.2f}" for phase in ("sampling_", "training_", "")),
+                   f"{row['memory_mb']:.0f}")
+
+
 FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
-           guided_sampler)
+           guided_sampler, scaling)
 
 
 def tables():

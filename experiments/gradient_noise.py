@@ -1,12 +1,13 @@
 """How noisy is DDPO's gradient? Its signal-to-noise ratio against the batch and the number of denoising steps T.
 
-    python experiments/gradient_noise.py      40 minutes on 2 CPU cores; writes gradient_noise.csv
+    python experiments/gradient_noise.py      45 minutes on 2 CPU cores; writes gradient_noise.csv
 
 For one sample n with advantage A_n the estimate of the gradient is g_n = sum_i A_n d log p_i. A batch of B of them has
 
     signal-to-noise = |E g|^2 / (E|g_n - E g|^2 / B)
 
 Both expectations are estimated from many small groups of samples, at the untrained model, for the LoRA's gradient.
+The gradient of AWM, whose target is the noise of the finished picture, is measured on the same samples.
 After one optimizer step the same samples are no longer the policy's own. There the importance ratio (IS) is compared
 with doing nothing about it (SF): by the cosine of their mean gradient with that of fresh samples.
 """
@@ -22,7 +23,7 @@ from ddpo_min.advantages import PromptStatistics
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.learner import Learner
-from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss
+from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss, matching_log_prob
 from ddpo_min.plan import Plan, micro_batches
 from ddpo_min.policy import Policy
 from ddpo_min.prompts import draw_prompts, find_prompts
@@ -71,6 +72,18 @@ def gradients(policy, parameters, trajectories, advantages, losses, emphases):
     return total
 
 
+def matching_gradients(policy, parameters, trajectories, advantages, timesteps, rng):
+    """The same of AWM's loss, each sample noised to so many timesteps: float32 (groups, parameters)."""
+    total = torch.zeros(len(advantages) // GROUP, sum(p.numel() for p in parameters))
+    minibatch, = Plan(len(advantages), 1, GROUP).noised_minibatches(rng, range(1000), timesteps)
+    for samples, t, seeds, _ in tqdm(minibatch, "gradients", len(total) * timesteps):
+        x_t, t, eps, context = trajectories.noised(samples, t, seeds, policy.model.alpha_bar)
+        log_p = matching_log_prob(policy.eps(x_t, t, context, policy.training_guidance), eps, weight=1.0)
+        value = ddpo_sf_loss(log_p, advantages[samples])
+        total[samples.start // GROUP] += torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+    return total
+
+
 def signal_and_noise(g):
     """|E g|^2 without the noise's share, and E|g_n - E g|^2 of a single sample: from groups (groups, parameters)."""
     mean = g.mean(0)
@@ -108,7 +121,13 @@ def main():
             emphases = dict(even=even_emphasis(steps), paper=[1.0] * T)
             trajectories, advantages = draw(policy, seed, 0)
             # The ratio is 1 here, so the gradient of IS is that of SF
-            for (_, name), g in gradients(policy, parameters, trajectories, advantages, ["SF"], emphases).items():
+            found = gradients(policy, parameters, trajectories, advantages, ["SF"], emphases)
+            measured = {name: g for (_, name), g in found.items()}
+            if T == Settings.steps:
+                measured.update({f"awm, {count} timesteps": matching_gradients(
+                    policy, parameters, trajectories, advantages, count, np.random.default_rng(seed))
+                    for count in (Settings.timesteps, T)})
+            for name, g in measured.items():
                 signal, noise = signal_and_noise(g)
                 for batch in BATCHES:
                     rows.append(dict(run=name, seed=seed, T=T, batch=batch, signal=signal, noise=noise / batch,

@@ -72,7 +72,7 @@ EXPERIMENTS = dict(
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=40, guided_sampler=15)      # programs of their own, and their minutes
+SCRIPTS = dict(gradient_noise=45, guided_sampler=15, scaling=6)      # programs of their own, and their minutes
 
 
 def command_of(experiment, run, seed):
@@ -113,7 +113,8 @@ def rows_of(folder):
         row = dict(epoch=epoch, queries=epoch * config["samples"], seconds=seconds, reward=line["reward_mean"])
         row.update({short: line[f"score_{name}"] for short, name in scores.items()})
         row.update({name: line[name] for name in ("approx_kl", "clip_fraction", "max_ratio_error", "kl_to_base",
-                                                  "effective_samples", "grad_norm") if name in line})
+                                                  "distance_to_base", "distance_to_old", "effective_samples",
+                                                  "grad_norm") if name in line})
         seconds += config["samples"] * (1 / line["sampling_images_per_s"] +
                                         config["inner_epochs"] / line["training_images_per_s"])
         rows.append(row)

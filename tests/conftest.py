@@ -105,9 +105,9 @@ def their_vae(c):
 
 def their_text(c):
     """transformers' CLIP text encoder with the sizes of a TextConfig, random."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-    return randomise(CLIPTextModel(CLIPTextConfig(
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    return randomise((CLIPTextModelWithProjection if c.projection else CLIPTextModel)(CLIPTextConfig(
         vocab_size=c.vocabulary, hidden_size=c.width, intermediate_size=c.inner, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, max_position_embeddings=c.positions,
         hidden_act="gelu" if c.openclip else "quick_gelu",
-        bos_token_id=0, eos_token_id=1, pad_token_id=1)))
+        bos_token_id=0, eos_token_id=49407 if c.projection else 1, pad_token_id=1, projection_dim=c.projection)))

@@ -17,6 +17,7 @@ import train
 from conftest import ROOT
 from ddpo_min.files import run_main
 from ddpo_min.processes import gather, rank, together
+from test_siblings import CASES as SIBLINGS
 from test_update_oracle import CASES, run_train, settings_of, tiny_model
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -24,7 +25,7 @@ SERVER = multiprocessing.get_context("forkserver")
 # One case for each algorithm, normalisation and kind of training, with several optimizer steps an epoch where it can
 CHOSEN = list({(case["algorithm"], case["normalise"], case["trainable"]): case
                for case in sorted(CASES, key=lambda case: (case["updates"] * case["inner_epochs"], case["rank"] or 0))}
-              .values())
+              .values()) + [SIBLINGS[1], SIBLINGS[3], SIBLINGS[7]]      # one of each
 
 
 @cache

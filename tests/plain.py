@@ -7,6 +7,7 @@ ddpo_min it is handed the networks alone, as functions. Read from top to bottom 
 Paper: Black et al., Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301.
 Throughout, s is the Settings of the run, and x, eps and noise are latents of one picture, (1, 4, h, w).
 """
+import copy
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -102,8 +103,9 @@ def sample(s, nets, steps, prompt, seed):
     for step, z in zip(steps, noise[1:]):
         mean = mean_of(x[-1], predict(nets.unet, x[-1], step.t, nets, context, s.guidance), step)
         x.append(mean + step.sigma * z)
-        eps = predict(nets.unet, x[-2], step.t, nets, context, guidance_in_training(s))
-        log_p.append(log_probability(x[-1], mean_of(x[-2], eps, step), step))
+        if step.sigma > 0:
+            eps = predict(nets.unet, x[-2], step.t, nets, context, guidance_in_training(s))
+            log_p.append(log_probability(x[-1], mean_of(x[-2], eps, step), step))
     return x, log_p
 
 
@@ -114,7 +116,7 @@ def picture(nets, x_0):
     return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-# From rewards to advantages (DDPO) or weights (RWR)
+# From rewards to advantages or weights (RWR)
 
 def advantages(s, prompts, rewards, latest):
     """How much better than usual each reward is, in standard deviations, cut at +-advantage_clip    [paper App. D.3].
@@ -217,6 +219,7 @@ def policy_gradient_loss(s, ratio, log_p, A):
     """
     if s.algorithm == "ddpo_sf":
         return -A * log_p, False
+    # DDPO_IS; AWM, too, with the log-probabilities of matching_log_probability()
     if A > 0 and ratio > 1 + s.clip_range:
         return -A * (1 + s.clip_range) + 0 * ratio, True
     if A < 0 and ratio < 1 - s.clip_range:
@@ -267,6 +270,12 @@ def ddpo_epoch(s, nets, adam, steps, trajectories, prompts, advantages, rng):
     return record, metrics
 
 
+def noised(x_0, t, seed, nets):
+    """The finished latent noised anew: (x_t, eps)    [DDPM Eq. 4]."""
+    eps = normal(seed, 1, 4, nets.side, nets.side)
+    return math.sqrt(SCHEDULE[t]) * x_0 + math.sqrt(1 - SCHEDULE[t]) * eps, eps
+
+
 def rwr_draws(chosen, rng):
     """The chance in a minibatch of RWR: (sample, timestep, seed of the noise) of each; timesteps first, then seeds."""
     timesteps = rng.integers(0, 1000, len(chosen)).tolist()
@@ -285,9 +294,7 @@ def rwr_epoch(s, nets, adam, trajectories, prompts, weights, rng):
         chosen, queue = queue[:size], queue[size:]
         total = 0
         for n, t, seed in rwr_draws(chosen, rng):
-            x_0 = trajectories[n][0][-1]
-            eps = normal(seed, 1, 4, nets.side, nets.side)
-            x_t = math.sqrt(SCHEDULE[t]) * x_0 + math.sqrt(1 - SCHEDULE[t]) * eps
+            x_t, eps = noised(trajectories[n][0][-1], t, seed, nets)
             predicted = predict(nets.unet, x_t, t, nets, nets.encode(prompts[n]), guidance_in_training(s))
             loss = weights[n] * ((predicted - eps) ** 2).mean()
             record.seen.append(SimpleNamespace(n=n, t=t, loss=loss.item()))
@@ -297,13 +304,118 @@ def rwr_epoch(s, nets, adam, trajectories, prompts, weights, rng):
     return record, dict(loss=record.mean("loss"), grad_norm=statistics.fmean(record.norms), effective_samples=effective)
 
 
+# AWM, DiffusionNFT and RAM: denoise one's own pictures noised anew, weighted by the advantage
+
+def noise_draws(s, times, size, rng):
+    """The chance in a minibatch: rows of (timestep, seed of the noise) of each sample, a row for each of s.timesteps.
+
+    The times are cut into as many parts, and each row draws from its own. Places first, then seeds.
+    """
+    places = rng.integers(0, len(times), (s.timesteps, size)).tolist()
+    seeds = rng.integers(2 ** 32, size=(s.timesteps, size)).tolist()
+    return [[(times[(k * len(times) + place) // s.timesteps], seed) for place, seed in zip(*row)]
+            for k, row in enumerate(zip(places, seeds))]
+
+
+def tau_of(t):
+    """Where the straight path (1 - tau) x_0 + tau eps is as noisy as the schedule at t."""
+    signal, noise = math.sqrt(SCHEDULE[t]), math.sqrt(1 - SCHEDULE[t])
+    return noise / (signal + noise)
+
+
+def regressed(s, eps, x_t, t):
+    """What is regressed: the noise, or the velocity eps - x_0 of the straight path, x_0 as the noise implies it."""
+    if s.step_weights == "even":
+        return eps
+    return eps - (x_t - math.sqrt(1 - SCHEDULE[t]) * eps) / math.sqrt(SCHEDULE[t])
+
+
+def matching_log_probability(s, v_hat, v, t):
+    """AWM: minus the denoising error, at some power; times tau if it is of velocities."""
+    weight = 1.0 if s.step_weights == "even" else tau_of(t)
+    return -weight * ((v_hat - v) ** 2).mean() ** s.awm_power / s.awm_power
+
+
+def nft_sample_loss(s, v_hat, v_old, v, A, t):
+    """DiffusionNFT, of one sample: the implicit good and bad policies, each on its share of the picture."""
+    optimality = 0.5 + 0.5 * A / s.advantage_clip
+    good = (1 - s.nft_beta) * v_old + s.nft_beta * v_hat
+    bad = (1 + s.nft_beta) * v_old - s.nft_beta * v_hat
+    losses = [((u - v) ** 2).mean() / (u - v).abs().mean().item() for u in (good, bad)]
+    weight = 1.0 if s.step_weights == "even" else tau_of(t)
+    return weight * (optimality * losses[0] + (1 - optimality) * losses[1]) * s.advantage_clip / s.nft_beta
+
+
+def ram_sample_loss(s, v_hat, v_old, v_base, v, A, t):
+    """RAM, of one sample, divided by its reward multiplier 1 / kl_weight."""
+    target = v_base + A / s.kl_weight * (v - v_old)
+    weight = 1.0 if s.step_weights == "even" else tau_of(t)
+    return s.kl_weight * weight * ((v_hat - target) ** 2).mean()
+
+
+def forward_process_epoch(s, nets, adam, steps, trajectories, prompts, advantages, rng, trained):
+    """The minibatches are DDPO's. trained: where training had got to, if the policy is a moving average of that.
+
+    The old policy is the one that drew. Returns also what is trained now, None if that is the policy itself.
+    """
+    record, size = Record(), s.samples // s.updates
+    old_unet, old = copy.deepcopy(nets.unet), [p.detach().clone() for p in adam.parameters]
+    put(adam.parameters, trained or old)
+    times = [step.t for step in steps] if s.grid_timesteps else list(range(1000))
+    for _ in range(s.inner_epochs):
+        for minibatch in rng.permutation(s.updates):
+            total = 0
+            for row in noise_draws(s, times, size, rng):
+                for n, (t, seed) in zip(range(minibatch * size, (minibatch + 1) * size), row):
+                    x_t, eps = noised(trajectories[n][0][-1], t, seed, nets)
+                    v_hat, v_old, v_base = (
+                        regressed(s, predict(unet, x_t, t, nets, nets.encode(prompts[n]), guidance_in_training(s)),
+                                  x_t, t) for unet in (nets.unet, old_unet, nets.base_unet))
+                    v, v_old, v_base, A = regressed(s, eps, x_t, t), v_old.detach(), v_base.detach(), advantages[n]
+                    ratio = torch.exp(matching_log_probability(s, v_hat, v, t)
+                                      - matching_log_probability(s, v_old, v, t))
+                    clipped = False
+                    if s.algorithm == "awm":
+                        loss, clipped = policy_gradient_loss(s, ratio, None, A)
+                    elif s.algorithm == "nft":
+                        loss = nft_sample_loss(s, v_hat, v_old, v, A, t)
+                    else:
+                        loss = ram_sample_loss(s, v_hat, v_old, v_base, v, A, t)
+                    to_old, to_base = (((v_hat - u) ** 2).mean() for u in (v_old, v_base))
+                    total = total + loss + s.kl_old * to_old
+                    if s.algorithm != "ram":
+                        total = total + s.kl_weight * to_base
+                    record.seen.append(SimpleNamespace(
+                        n=n, t=t, update=len(record.norms), A=A, ratio=ratio.item(), clipped=clipped, loss=loss.item(),
+                        to_old=to_old.item(), to_base=to_base.item(),
+                        outside=float(abs(ratio.item() - 1) > s.clip_range)))
+            record.step(adam, total / (size * s.timesteps))
+    metrics = dict(loss=record.mean("loss"), clip_fraction=record.mean("outside"),
+                   distance_to_old=record.mean("to_old"), grad_norm=statistics.fmean(record.norms),
+                   max_ratio_error=max(abs(one.ratio - 1) for one in record.seen if one.update == 0))
+    if s.kl_weight:
+        metrics["distance_to_base"] = record.mean("to_base")
+    if not s.policy_ema:
+        return record, metrics, None
+    trained = [p.detach().clone() for p in adam.parameters]
+    put(adam.parameters, [s.policy_ema * before + (1 - s.policy_ema) * now for before, now in zip(old, trained)])
+    return record, metrics, trained
+
+
+@torch.no_grad()
+def put(parameters, values):
+    """Give the parameters these values."""
+    for p, value in zip(parameters, values):
+        p.copy_(value)
+
+
 def train(s, nets, parameters, draw, reward):
     """The loop: yields what happened in each epoch, a SimpleNamespace.
 
     parameters: what is trained, tensors that nets.unet computes with; draw: epoch -> (prompts, seeds);
     reward: (uint8 (N, H, W, 3), prompts) -> N numbers.
     """
-    steps, adam, latest = sampler_steps(s), AdamW(parameters, s), {}
+    steps, adam, latest, trained = sampler_steps(s), AdamW(parameters, s), {}, None
     for epoch in range(s.epochs):
         prompts, seeds = draw(epoch)
         trajectories = [sample(s, nets, steps, prompt, seed) for prompt, seed in zip(prompts, seeds)]
@@ -314,7 +426,11 @@ def train(s, nets, parameters, draw, reward):
             record, metrics = rwr_epoch(s, nets, adam, trajectories, prompts, worth, rng)
         else:
             worth = advantages(s, prompts, rewards, latest)
-            record, metrics = ddpo_epoch(s, nets, adam, steps, trajectories, prompts, worth, rng)
+            if s.algorithm.startswith("ddpo"):
+                record, metrics = ddpo_epoch(s, nets, adam, steps, trajectories, prompts, worth, rng)
+            else:
+                record, metrics, trained = forward_process_epoch(s, nets, adam, steps, trajectories, prompts, worth,
+                                                                 rng, trained)
         yield SimpleNamespace(latents=torch.stack([torch.cat(x) for x, _ in trajectories]),
                               log_p_old=torch.tensor([log_p for _, log_p in trajectories], dtype=torch.float64),
                               rewards=rewards, advantages=worth, record=record, metrics=metrics)

@@ -157,8 +157,8 @@ def test_without_guidance_in_training_the_same_pictures_are_drawn_and_scored_as_
         assert torch.equal(own, log_p_old) and torch.equal(apart.log_prob(x_prev, x_t, 1, context)[0], log_p_old)
 
 
-@pytest.mark.parametrize("keep, passes", [("path", 2), ("images", 1)])
-def test_an_evaluation_takes_no_second_pass_without_guidance_in_training(keep, passes, tiny_file):
+@pytest.mark.parametrize("keep, passes", [("path", 2), ("x_0", 1), ("images", 1)])
+def test_only_a_path_takes_a_second_pass_without_guidance_in_training(keep, passes, tiny_file):
     policy, _, _ = small(tiny_file)
     apart, calls = Policy(policy.model, policy.steps, 2.0, training_guidance=1.0, lora=policy.lora), []
     hook = policy.model.unet.register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))

@@ -75,7 +75,8 @@ def test_the_command_says_what_it_measured(capsys):
     assert re.search(r"%  \w*convolution", out) and re.search(r"%  mm$", out, re.M)
 
 
-@pytest.mark.parametrize("arguments", [["--samples", "0"], ["--size", "sdxl"], ["--against", "trl"], ["--nonsense"]])
+@pytest.mark.parametrize("arguments", [["--samples", "0"], ["--size", "flux"], ["--count"], ["--against", "trl"],
+                                       ["--nonsense"]])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises((SystemExit, bench.InputError)):
         bench.main(arguments)

@@ -149,6 +149,7 @@ def test_the_preset_goes_by_the_size_of_the_model_and_by_the_algorithm(tiny_file
     assert make_settings(weights=str(SHIPPED)).preset == "laptop"
     assert make_settings(weights=LARGE).preset == "sd_lora"
     assert make_settings(weights=LARGE, algorithm="rwr", normalise="epoch").preset == "sd_lora"
+    assert make_settings(weights=LARGE, algorithm="nft").preset == "sd_lora_nft"
     s = make_settings(algorithm="rwr_sparse")
     assert (s.preset, s.percentile, s.steps) == ("laptop_rwr_sparse", 0.7, 32)
     s = make_settings(algorithm="ddpo_sf")
@@ -163,6 +164,7 @@ def test_what_is_given_wins_over_the_preset():
 def test_an_algorithm_on_top_of_anothers_preset_brings_what_it_needs():
     assert make_settings(preset="laptop", algorithm="ddpo_sf").updates == 1
     assert make_settings(preset="laptop", algorithm="rwr").inner_epochs == 4
+    assert make_settings(preset="laptop", algorithm="ram").kl_weight == 0.01
     assert make_settings(preset="laptop_rwr", algorithm="rwr").steps == 32
 
 
@@ -223,7 +225,7 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
 @pytest.mark.parametrize("wrong, message", [
     # each setting by itself
     ("--preset huge", "--preset huge: unknown; expected list, or one of laptop, "),
-    ("--algorithm grpo", "--algorithm grpo: unknown; expected one of ddpo_is, ddpo_sf, rwr, rwr_sparse"),
+    ("--algorithm grpo", "--algorithm grpo: unknown; expected one of ddpo_is, ddpo_sf, awm, nft, ram, rwr,"),
     ("--trainable half", "--trainable half: unknown; expected one of lora, full"),
     ("--normalise round", "--normalise round: unknown; expected one of prompt, group, epoch"),
     ("--step-weights odd", "--step-weights odd: unknown; expected one of even, paper"),
@@ -251,8 +253,21 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--algorithm rwr --timestep-fraction 0.5", "--first-step, --last-step, --timestep-fraction: choose among "
      "denoising steps, which the ddpo algorithms train on and rwr does not"),
     ("--algorithm rwr --last-step 3", "--first-step, --last-step, --timestep-fraction: choose"),
-    ("--normalise group", "--normalise group: needs --group-size 2 or more, and a ddpo algorithm"),
-    ("--normalise group --group-size 4 --algorithm rwr", "--normalise group: needs --group-size 2 or more, and a ddpo"),
+    ("--algorithm awm --timestep-fraction 0.5", "--first-step, --last-step, --timestep-fraction: choose among "
+     "denoising steps, which the ddpo algorithms train on and awm does not"),
+    ("--algorithm nft --first-step 2", "--first-step, --last-step, --timestep-fraction: choose"),
+    ("--normalise group", "--normalise group: needs --group-size 2 or more, and an algorithm with advantages, not rwr"),
+    ("--normalise group --group-size 4 --algorithm rwr", "--normalise group: needs --group-size 2 or more, and an "),
+    ("--algorithm ddpo_sf --eta 0", "--eta 0.0: expected a number above 0 and up to 1, because ddpo_sf needs the"),
+    ("--eta 1.5 --algorithm awm", "--eta 1.5: expected a number from 0 to 1"),
+    ("--policy-ema 0.5", "--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy"),
+    ("--kl-old 1 --algorithm rwr", "--policy-ema, --kl-old: need --algorithm awm, nft or ram"),
+    ("--policy-ema 1 --algorithm nft", "--policy-ema 1.0: expected a number from 0 to below 1"),
+    ("--timesteps 0 --algorithm awm", "--timesteps 0: expected 1 or more"),
+    ("--awm-power 0 --algorithm awm", "--awm-power 0.0: expected a number above 0 and up to 1"),
+    ("--nft-beta 0 --algorithm nft", "--nft-beta 0.0: expected a number above 0"),
+    ("--algorithm ram --kl-weight 0", "--algorithm ram: its loss is a pull to the base model, --kl-weight, which must"),
+    ("--algorithm ram --trainable full", "--kl-weight: needs --trainable lora, whose base model"),
     ("--algorithm ddpo_sf --updates 4", "--algorithm ddpo_sf: REINFORCE uses its samples once"),
     ("--algorithm ddpo_sf --inner-epochs 2", "--algorithm ddpo_sf: REINFORCE uses its samples once"),
     ("--trainable full --dtype bfloat16", "--trainable full --dtype bfloat16: the trained weights must be float32"),
@@ -290,7 +305,9 @@ def test_settings_that_cannot_work_are_refused_in_one_line(wrong, message, capsy
     "--algorithm rwr --prompts activities --normalise epoch", "--algorithm rwr --prompts activities --samples 540",
     "--algorithm rwr --prompts activities --group-size 4", "--kl-weight 0.1", "--init-lora a.safetensors",
     "--trainable full", "--eval-prompts activities", "--watch jpeg,clip", "--reward vlm --vlm-model m",
-    "--eval-every 0", "--seed 0 --batch 0 --vlm-retries 0 --kl-weight 0"])
+    "--eval-every 0", "--seed 0 --batch 0 --vlm-retries 0 --kl-weight 0", "--algorithm awm --eta 0 --policy-ema 0.9",
+    "--algorithm rwr --eta 0", "--algorithm nft --normalise group --group-size 2", "--algorithm ram --kl-weight 0.001",
+    "--algorithm awm --trainable full --kl-old 1 --timesteps 1", "--algorithm nft --trainable full --nft-beta 0.1"])
 def test_what_is_just_allowed_is_not_refused(nearly):
     given = shlex.split(nearly)
     s = read_settings(given)
@@ -330,9 +347,11 @@ def test_a_reward_of_ones_own_needs_no_name_but_all_else_is_checked():
 def test_the_rewards_are_checked_with_what_they_will_be_made_from(monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "check_rewards", lambda *args, **named: asked.append((args, named)))
-    s = make_settings(reward="clip", watch="vlm", clip_model="RN50", clip_weights="cc12m", aesthetic_head="h.pth")
+    s = make_settings(reward="clip", watch="vlm", clip_model="RN50", clip_weights="cc12m", aesthetic_head="h.pth",
+                      hps_weights="h.pt")
     check_settings(replace(s, weights=LARGE))
-    named = dict(clip=dict(model="RN50", weights="cc12m", head="h.pth"), vlm=s.part("vlm_"))
+    named = dict(clip=dict(model="RN50", weights="cc12m", head="h.pth"), vlm=s.part("vlm_"),
+                 files=dict(hps="h.pt", pickscore=""))
     assert asked == [(("", "vlm"), dict(small=True, **named)), (("clip", "vlm"), dict(small=False, **named))]
 
 
@@ -366,8 +385,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs, --vlm-url, --watch may "
-                                 "change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --stop-when, --vlm-url, "
+                                 "--watch may change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
@@ -464,8 +483,9 @@ def test_any_settings_are_read_back_from_their_command(tmp_path, tiny_file):
     values = dict(
         reward=["jpeg", "clip", "jpeg=1,clip=-0.5"], prompts=["activities", str(tmp_path / "my words.txt")],
         weights=[str(tiny_file), LARGE], preset=[name for name in PRESETS if name not in needy],
-        algorithm=["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse"], trainable=["lora", "full"], epochs=[1, 77],
-        lr=[1e-4, 1 / 3, 3e-05], samples=[64, 512], updates=[1, 2], inner_epochs=[1, 2], batch=[0, 3], beta2=[0.0],
+        algorithm=["ddpo_is", "ddpo_sf", "awm", "nft", "ram", "rwr", "rwr_sparse"], trainable=["lora", "full"],
+        epochs=[1, 77], lr=[1e-4, 1 / 3, 3e-05], samples=[64, 512], updates=[1, 2], inner_epochs=[1, 2], batch=[0, 3],
+        beta2=[0.0], policy_ema=[0.5], ema=[0.9], grid_timesteps=[True, False],
         guidance=[1.0, 7.25], guidance_in_training=[True, False], normalise=["prompt", "group", "epoch"],
         group_size=[1, 4], dtype=["float32", "bfloat16"], compile=[True, False], vlm_idf=[True, False], rank=[2, 4],
         vlm_question=["", "--what?", "a 'quoted' \"one\"\nof two lines", "$HOME `x` 100%"], kl_weight=[0.0, 0.5],

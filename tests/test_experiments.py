@@ -3,6 +3,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ import guided_sampler
 import judges
 import results
 import run
+import scaling
 
 from ddpo_min import cli
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
+from ddpo_min.forward_process import forward_process_update
 from ddpo_min.plan import Plan
 from ddpo_min.weights import load_stable_diffusion
 
@@ -118,10 +121,17 @@ def fake_rows(name):
         for kind in ("even", "paper"):
             rows += [dict(run=kind, seed=s, T=T, batch=b, signal=2.0, noise=100 / b * T, measured_noise=100 / b * T,
                           signal_to_noise=2.0 * b / 100 / T) for s in range(3) for T in (4, 8, 16) for b in (8, 64)]
+        rows += [dict(run="awm, 2 timesteps", seed=s, T=8, batch=b, signal_to_noise=b * (s + 1)) for s in range(3)
+                 for b in (8, 64)]
         return rows + [dict(run="after a step: IS", seed=s, T=8, cosine=0.5 + s / 10) for s in range(3)]
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
                      held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)]
+    if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step
+        return [dict(run=own, samples=128, steps=8, processes=1, **cost) | {own: value}
+                for own, values in scaling.VALUES.items() for value in values for cost in [dict(
+                    sampling_seconds=1, training_seconds=2, memory_mb=900,
+                    seconds=2 + value * dict(samples=0.03, steps=0.6, processes=0)[own])]]
     for own in run.EXPERIMENTS[name].runs:
         for seed in run.SEEDS:
             for epoch in range(4):
@@ -153,9 +163,32 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
     assert tables["overoptimisation"][0] == "| KL weight 0 | -2.80 | 2.00 | 0.86 | -2.80 | 2.00 | 0.86 | 2 |"
     assert tables["gradient_noise"] == ["| `--step-weights even` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
+                                        "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| after a step: IS | 0.600 ± 0.058 |"]
+    assert tables["scaling"][3] == "| 512 | 8 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
                                             "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
+
+
+def test_the_cost_of_an_epoch_is_that_of_the_second_of_a_run(elsewhere, monkeypatch):
+    def pretend(command, cwd, env, **quiet):
+        given = {name: int(command[command.index(f"--{name}") + 1]) for name in ("samples", "updates", "steps")}
+        processes = int(command[command.index("--nproc_per_node") + 1]) if "torch.distributed.run" in command else 1
+        assert given["samples"] == 64 * given["updates"] and env["OMP_NUM_THREADS"] == str(2 // processes)
+        monkeypatch.chdir(ROOT)
+        cli.check_settings(cli.read_settings(command[command.index("train.py") + 1:]))
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        line = dict(sampling_images_per_s=64, training_images_per_s=32 * given["steps"], peak_memory_mb=500 + processes)
+        folder.joinpath("metrics.jsonl").write_text(json.dumps(dict(line, peak_memory_mb=1)) + "\n" + json.dumps(line))
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    scaling.main()
+    rows = results.read_rows("scaling")
+    assert len(rows) == 10
+    assert rows[3] == dict(run="samples", samples=512, steps=8, processes=1, sampling_seconds=8, training_seconds=2,
+                           seconds=10, memory_mb=501)
+    assert rows[4]["training_seconds"] == 1 and rows[-1]["memory_mb"] == 502
 
 
 def test_the_tables_of_the_page_are_those_of_the_numbers(monkeypatch, tmp_path):
@@ -205,6 +238,19 @@ def test_the_gradient_of_groups_is_the_updates(tiny_file, monkeypatch):
         ours = found[loss, "ours"].mean(0) / 3
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()
         assert (found[loss, "even"].mean(0) / 3 - theirs).norm() > 0.1 * theirs.norm()
+
+
+def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):
+    monkeypatch.setattr(gradient_noise, "MINIBATCH", 8)
+    policy, parameters = random_lora_policy(tiny_file, 1.0, 3)
+    trajectories, A = gradient_noise.draw(policy, 0, 0, 16)
+    found = gradient_noise.matching_gradients(policy, parameters, trajectories, A, 3, np.random.default_rng(1))
+    before = torch.cat([p.detach().flatten() for p in parameters])
+    forward_process_update(policy, plain_descent(parameters), trajectories, A, np.random.default_rng(1),
+                           plan=Plan(16, 1, 8), algorithm="awm", timesteps=3, grid=False, step_weights="even",
+                           clip_range=0.1, power=1.0, beta=1.0, advantage_clip=5.0)
+    theirs = before - torch.cat([p.detach().flatten() for p in parameters])
+    assert (found.mean(0) / 3 - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_guided_sampler_follows_the_gradient_of_the_reward(tiny_file, monkeypatch):

@@ -299,13 +299,14 @@ def test_a_moving_picture_takes_labels_of_every_length(tmp_path):
     assert all(np.abs(a[:, :left] - ours[0][:, :left]).max() > 50 for a in ours[1:])    # the labels do not
 
 
-def test_many_rows_are_thinned_in_samples_png(copy, monkeypatch):
+def test_many_rows_are_thinned(copy, monkeypatch):
     monkeypatch.setattr(folder, "MOST_ROWS", 2)
     shown = []
     monkeypatch.setattr(folder.figures, "grid", lambda rows, *given, labels=None, grid=folder.figures.grid, **more:
                         shown.append(labels) or grid(rows, *given, labels=labels, **more))
     go(resume=copy)
     assert shown[-2] == ["epoch 0", f"epoch {EPOCHS}"]
+    assert Image.open(copy / "samples.webp").n_frames == 2
 
 
 def test_large_pictures_are_shrunk_in_the_moving_picture():
@@ -408,6 +409,9 @@ BAD_STATES = {
     "moments of one element": lambda state: state["optimizer"]["state"][2].update(exp_avg=torch.ones(1, 1)),
     "moments missing": lambda state: state["optimizer"]["state"][2].pop("exp_avg_sq"),
     "moments of a layer more": lambda state: state["optimizer"]["state"].update({999: {}}),
+    "an average of fewer": lambda state: state["optimizer"].update(ahead=list(state["parameters"].values())[:-1]),
+    "an average of one element": lambda state: state["optimizer"].update(
+        ahead=[torch.ones(1) for _ in state["parameters"]]),
     "another alpha": lambda state: state["alphas"].update({next(iter(state["alphas"])): 7.0}),
 }
 

@@ -227,9 +227,9 @@ def assert_same_run_but_rows(a, b):
     ("--trainable", "full", "--lr", "1e-4")])
 def test_resumed_equals_never_stopped_for_every_algorithm_and_normalisation(more, tiny_file, tmp_path):
     more = (*more, "--prompt-buffer", "3", "--show-every", "1")
-    train.main(arguments(tiny_file, tmp_path / "whole", *more, epochs=3))
+    train.main(arguments(tiny_file, tmp_path / "whole", *more, epochs=2))
     train.main(arguments(tiny_file, tmp_path / "parts", *more, epochs=1))
-    train.main(["--resume", str(tmp_path / "parts"), "--epochs", "3"])
+    train.main(["--resume", str(tmp_path / "parts"), "--epochs", "2"])
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
     for name, p in states[0]["learner"]["parameters"].items():
         assert torch.equal(p, states[1]["learner"]["parameters"][name])

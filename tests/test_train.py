@@ -176,9 +176,8 @@ def test_sample_draws_pictures_of_the_size_asked_for(tiny_file, tmp_path, size, 
     image = Image.open(tmp_path / "0000.png")
     assert image.size == wanted
     model = load_stable_diffusion(tiny_file)
-    policy = Policy(model, ddim_steps(2), 2.0)
-    drawn = sample_trajectories(policy, ["a fox"], [0], cut(1, 1), keep="images",
-                                latent_shape=(wanted[1] // 2, wanted[0] // 2))
+    model.shape = (wanted[1] // 2, wanted[0] // 2)
+    drawn = sample_trajectories(Policy(model, ddim_steps(2), 2.0), ["a fox"], [0], cut(1, 1), keep="images")
     assert np.array_equal(np.asarray(image), drawn.images[0])
 
 

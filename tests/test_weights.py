@@ -245,11 +245,11 @@ def test_without_metadata_the_constants_of_a_2x_file_are_stable_diffusion_2s(tmp
 
 
 @pytest.mark.parametrize("factor, says, words", [
-    (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "v", ["predicts v, not epsilon"]),
+    (1, "", []), (1, "epsilon", []), (-1, "epsilon", []), (1, "x0", ["predicts x0, neither epsilon"]),
     (-1, "", ["output for pure noise", "correlation -1.00", "seems to predict v"]),
     (0, "", ["output for pure noise", "seems to predict v"])])
 @pytest.mark.parametrize("configs", [(UNET, VAE_, replace(TEXT, vocabulary=49408)), SMALL_2], ids=["1.x", "2.x"])
-def test_a_model_that_does_not_predict_noise_is_refused(tmp_path, configs, factor, says, words):
+def test_a_model_that_says_or_seems_to_predict_something_else_is_refused(tmp_path, configs, factor, says, words):
     """By its metadata or, without it, by its UNet's output for pure noise: here the noise times `factor`."""
     unet, vae, text = networks(*configs)
     noise_through(unet).conv_out.weight.mul_(factor)
@@ -380,8 +380,8 @@ def put(name, *shape):
 @pytest.mark.parametrize("change, words", [
     (put("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", 4, 8), ["a LoRA", "--lora"]),
     (put(FIRST_CONV, 8, 9, 3, 3), ["9 input channels", "inpainting"]),
-    (put("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 8), ["Stable Diffusion XL"]),
-    (put("cond_stage_model.model.ln_final.bias", 8), ["two text encoders"]),
+    (put("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 8), ["without its autoencoder"]),
+    (put("cond_stage_model.model.ln_final.bias", 8), ["the text encoders of two models"]),
     (remove("first_stage_model."), ["without its autoencoder"]),
     (remove("cond_stage_model."), ["without its autoencoder or text encoder"]),
     (remove("model.", "cond_stage_model."), ["first tensor is first_stage_model.decoder.conv_in.bias"]),
@@ -487,13 +487,13 @@ def folder_of_broken_heads(folder, single):
     return diffusers_folder(folder, single, attention_head_dim=["5"])
 
 
-def folder_that_predicts_v(folder, single):
+def folder_that_predicts_x_0(folder, single):
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
     return diffusers_folder(folder, single)
 
 
-def sdxl_folder(folder, single):
+def sdxl_folder_without_its_second_text_encoder(folder, single):
     return diffusers_folder(folder, single, addition_embed_type="text_time")
 
 
@@ -511,8 +511,8 @@ def sdxl_folder(folder, single):
     (inpainting_folder, ["9 input channels", SUPPORTED]),
     (folder_of_uneven_heads, ["heads have different widths", SUPPORTED]),
     (folder_of_broken_heads, ["attention_head_dim ['5']", SUPPORTED]),
-    (folder_that_predicts_v, ["predicts v_prediction, not epsilon", SUPPORTED]),
-    (sdxl_folder, ["Stable Diffusion XL", SUPPORTED]),
+    (folder_that_predicts_x_0, ["predicts sample, neither epsilon", SUPPORTED]),
+    (sdxl_folder_without_its_second_text_encoder, ["text_encoder_2/model.safetensors", "is missing", SUPPORTED]),
     (diffusers_folder, ["its unet has no tensor", "which Stable Diffusion has", SUPPORTED]),
 ])
 def test_wrong_paths_are_named_in_one_line(single_file, tmp_path, make, words):

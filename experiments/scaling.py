@@ -1,0 +1,49 @@
+"""What an epoch costs, in seconds and memory: against samples, denoising steps and processes.
+
+    python experiments/scaling.py       six minutes on 2 CPU cores with nothing else to do; writes scaling.csv
+
+Each row is a run of train.py of two epochs, of which the second counts. A run of N processes has 2 / N threads in each,
+so that all of them use two cores.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from results import ROOT, write_rows
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))       # for write_rows
+
+CORES = 2
+START = dict(samples=128, steps=8, processes=1)
+VALUES = dict(samples=(64, 128, 256, 512), steps=(4, 8, 16, 32), processes=(1, 2))
+
+
+def train(folder, samples, steps, processes):
+    """Two epochs; returns the log's line of the second."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [*(start if processes > 1 else [sys.executable]), "train.py", "--reward", "jpeg", "--epochs", "2",
+               "--samples", str(samples), "--updates", str(samples // 64), "--steps", str(steps), "--eval-samples", "2",
+               "--show-every", "9", "--out", str(folder)]
+    threads = dict(os.environ, OMP_NUM_THREADS=str(CORES // processes))
+    subprocess.run(command, cwd=ROOT, env=threads, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+
+
+def main():
+    rows, runs = [], [(name, value) for name, values in VALUES.items() for value in values]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in tqdm(runs):
+            what = {**START, name: value}
+            line = train(Path(folder) / f"{name}-{value}", **what)
+            sampling, training = (what["samples"] / line[f"{phase}_images_per_s"] for phase in ("sampling", "training"))
+            rows.append(dict(run=name, **what, sampling_seconds=sampling, training_seconds=training,
+                             seconds=sampling + training, memory_mb=line["peak_memory_mb"]))
+    write_rows("scaling", rows)
+
+
+if __name__ == "__main__":
+    main()
