@@ -61,10 +61,14 @@ def measured(tmp_path, monkeypatch):
                              dict(epoch=2, reward=-1.9, held_out=-1.95, held_out_recognised=0.88, max_ratio_error=0.0,
                                   clip_fraction=0.2, approx_kl=2e-4),
                              dict(epoch=3, held_out=-1.75, held_out_recognised=float(rng.uniform(0.3, 0.8)))])
+    for name in ("hacked", "with_kl"):
+        table = measure.read(name)
+        measure.write(name, [dict(zip(table, values), held_out_rule=5 + k) for k, values in
+                             enumerate(zip(*table.values()))])
     measure.write("sick_1", [dict(epoch=0, held_out=-2.6, reward=-2.6, max_ratio_error=0.4, clip_fraction=0.6,
                                   approx_kl=1e-3), dict(epoch=1, held_out=-2.2)])
     for name, shape in dict(steps=(4, 9), ways=(8, 8), one_page=(6, 10), healthy=(4, 10), too_fast=(4, 10),
-                            hacked=(4, 10), with_kl=(4, 10), sick_1=(1, 10)).items():
+                            unstable=(4, 10), hacked=(4, 10), with_kl=(4, 10), sick_1=(1, 10)).items():
         measure.keep(name, random_pictures(*shape))
 
 
@@ -96,10 +100,11 @@ def test_every_name_on_the_page_is_in_the_code():
 def test_the_trainings_are_the_pages_commands(monkeypatch):
     monkeypatch.chdir(ROOT)
     said = [*inline(TEXT), *(line for _, block in fences(TEXT) for line in block.splitlines())]
-    for arguments in measure.TRAININGS.values():
-        read_settings(shlex.split(f"{arguments} {measure.WATCH}"))
+    for name, arguments in measure.TRAININGS.items():
+        read_settings(shlex.split(f"{arguments} {measure.WATCH[name]} {measure.EVALUATIONS}"))
         assert f"python train.py {arguments}" in said
-    assert f"python train.py {measure.TRAININGS['healthy']} {measure.WATCH}" in said
+    for name in ("healthy", "hacked"):
+        assert f"python train.py {measure.TRAININGS[name]} {measure.WATCH[name]} {measure.EVALUATIONS}" in said
     assert f"python train.py {shlex.join(measure.curves.exercises()[1])}" in said
 
 
@@ -184,20 +189,23 @@ def test_what_is_written_is_read_again(measured):
 
 
 def test_a_run_becomes_rows(tmp_path):
-    judge = "experiments/judges.py:recognised"
-    lines = [dict(reward_mean=-2.5, clip_fraction=0.1, approx_kl=0.2, max_ratio_error=0, **{f"score_{judge}": 0.9}),
+    judge, rule = measure.JUDGE, measure.RULE
+    lines = [dict(reward_mean=-2.5, clip_fraction=0.1, approx_kl=0.2, max_ratio_error=0,
+                  **{f"score_{judge}": 0.9, f"score_{rule}": 5}),
              dict(reward_mean=-2.0, clip_fraction=0.3, approx_kl=0.4, max_ratio_error=0, eval_reward=-1.9,
-                  **{f"score_{judge}": 0.8, f"eval_score_{judge}": 0.7})]
+                  **{f"score_{judge}": 0.8, f"eval_score_{judge}": 0.7, f"score_{rule}": 6, f"eval_score_{rule}": 7})]
     lines.append(dict(lines[0], reward_mean=-1.8, kl_to_base=0.5))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "result.json").write_text(json.dumps(dict(reward_before=-2.4, reward_after=-1.7,
-                                                          scores={judge: [0.95, 0.6]})))
+                                                          scores={judge: [0.95, 0.6], rule: [4, 8]})))
     first, second, third, last = measure.rows_of(tmp_path)
-    assert first == dict(epoch=0, held_out=-2.4, held_out_recognised=0.95, reward=-2.5, recognised=0.9,
-                         clip_fraction=0.1, approx_kl=0.2, max_ratio_error=0)
-    assert second == dict(epoch=1, reward=-2.0, recognised=0.8, clip_fraction=0.3, approx_kl=0.4, max_ratio_error=0)
-    assert (third["held_out"], third["held_out_recognised"], third["kl_to_base"]) == (-1.9, 0.7, 0.5)
-    assert last == dict(epoch=3, held_out=-1.7, held_out_recognised=0.6)
+    assert first == dict(epoch=0, held_out=-2.4, held_out_recognised=0.95, held_out_rule=4, reward=-2.5,
+                         recognised=0.9, rule=5, clip_fraction=0.1, approx_kl=0.2, max_ratio_error=0)
+    assert second == dict(epoch=1, reward=-2.0, recognised=0.8, rule=6, clip_fraction=0.3, approx_kl=0.4,
+                          max_ratio_error=0)
+    assert [third[name] for name in ("held_out", "held_out_recognised", "held_out_rule", "kl_to_base")] == [
+        -1.9, 0.7, 7, 0.5]
+    assert last == dict(epoch=3, held_out=-1.7, held_out_recognised=0.6, held_out_rule=8)
 
 
 def test_an_exercises_run_becomes_rows(measured, tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """Every picture and table of the tutorial's page:  python tutorial/figures.py
 
-First it measures what is missing (measure.py), half an hour on 2 CPU cores if all is: the model as it is and the plane
-2 minutes, six programs made of one_page.py 10, the trainings healthy 3, too_fast 2, sick_1 3, hacked 4, with_kl 5; one
-at a time. From measured/ alone it then draws pictures/ and fills in the tables of README.md. Stop whenever you like.
-Delete a file of measured/ to have it anew: for another model all but plane.csv.
+First it measures what is missing (measure.py), 50 minutes on 2 CPU cores if all is: the model as it is and the plane 2,
+six programs made of one_page.py 12, the trainings healthy 4, too_fast 2, sick_1 3, unstable 5, hacked 10, with_kl 12;
+one at a time. From measured/ alone it then draws pictures/ and fills in the tables of README.md. Stop whenever you
+like. Delete a file of measured/ to have it anew: for another model all but plane.csv.
 """
 import matplotlib
 import numpy as np
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 PICTURES = HERE / "pictures"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-WATCHED = dict(healthy="healthy", sick_1="sick 1", too_fast="sick 2", hacked="sick 3")
+WATCHED = dict(healthy="healthy", sick_1="sick 1", too_fast="sick 2", unstable="sick 3")
 LABELS = dict(reinforce="REINFORCE, A = r", baseline="with the baseline", one_page="as it is",
               summed="sum for mean", ratio="3 passes, ratio", clipped="3 passes, clipped ratio")
 
@@ -138,13 +138,13 @@ def last_good(measured):
 
 def draw_overoptimisation():
     free, held = read("hacked"), read("with_kl")
-    stop, figure, both = last_good(free), *panels(2)
-    for axes, column, title in zip(both, ("held_out", "held_out_recognised"), ("the reward: minus kB", "recognised")):
-        line(axes, free["epoch"], free[column], "sick 3", BLUE)
-        line(axes, held["epoch"], held[column], "the same with --kl-weight 0.1", GREEN)
+    stop, figure, axes_of = last_good(free), *panels(3)
+    for axes, column, title in zip(axes_of, ("", "_rule", "_recognised"), ("the reward", "the rule", "recognised")):
+        line(axes, free["epoch"], free[f"held_out{column}"], "aesthetic", BLUE)
+        line(axes, held["epoch"], held[f"held_out{column}"], "with --kl-weight 0.03", GREEN)
         axes.axvline(stop, color="0.5", linestyle=":", label="stop here")
         axes.set(title=f"{title}, held-out seeds", xlabel="epoch")
-    both[0].legend(fontsize=8)
+    axes_of[0].legend(fontsize=8)
     save("overoptimisation", figure)
     rows = [kept("hacked")[0], kept("hacked")[stop], kept("hacked")[-1], kept("with_kl")[-1]]
     save("stopping", grid(rows, labels=["before", f"epoch {stop}", f"epoch {free['epoch'][-1]:.0f}", "with KL"]))
@@ -202,12 +202,14 @@ def table_watched():
 
 
 def table_overoptimisation():
-    yield "", "held-out reward", "recognised"
+    yield "", "the reward", "the rule", "recognised"
     free, held = read("hacked"), read("with_kl")
     stop, end = last_good(free), len(free["epoch"]) - 1
-    for label, m, k in (("before", free, 0), (f"sick 3, stopped after {stop} epochs", free, stop),
-                        (f"sick 3, after {end} epochs", free, end), ("with `--kl-weight 0.1`", held, -1)):
-        yield label, f"{m['held_out'][k]:.3f}", f"{m['held_out_recognised'][k]:.0%}"
+    for label, m, k in (("before", free, 0), (f"stopped after {stop} epochs", free, stop),
+                        (f"after {end} epochs", free, end),
+                        (f"after {end} epochs with `--kl-weight 0.03`", held, -1)):
+        yield (label, f"{m['held_out'][k]:.2f}", f"{m['held_out_rule'][k]:.2f}",
+               f"{m['held_out_recognised'][k]:.0%}")
 
 
 # What each is made from

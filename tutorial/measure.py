@@ -42,11 +42,14 @@ MODEL, T = SHIPPED, 8
 # one_page.py: which of the page's diffs are taken back, and which are made
 PROGRAMS = dict(reinforce=(("clip", "ratio", "baseline"), ()), baseline=(("clip", "ratio"), ()), one_page=((), ()),
                 summed=((), ("sum",)), ratio=(("clip",), ("passes",)), clipped=((), ("passes",)))
-# train.py: the arguments of each, and those that all have
+# train.py: the arguments of each, and what is watched besides; the learned reward has a rule that it stands for
 TRAININGS = dict(healthy="--reward jpeg", too_fast="--reward jpeg --lr 3e-2 --epochs 5",
-                 hacked="--reward jpeg --lr 6e-3 --epochs 10",
-                 with_kl="--reward jpeg --lr 6e-3 --epochs 10 --kl-weight 0.1")
-WATCH = "--watch experiments/judges.py:recognised --eval-every 2 --eval-samples 90"
+                 unstable="--reward jpeg --lr 6e-3 --epochs 10", hacked="--reward aesthetic --epochs 24",
+                 with_kl="--reward aesthetic --epochs 24 --kl-weight 0.03")
+JUDGE, RULE = "experiments/judges.py:recognised", "weights/rater.py:rule"
+WATCH = {name: f"--watch {RULE},{JUDGE}" if "aesthetic" in arguments else f"--watch {JUDGE}"
+         for name, arguments in TRAININGS.items()}
+EVALUATIONS = "--eval-every 2 --eval-samples 90"
 # toy2d.py: passes over the samples, whether by REINFORCE or the ratio, the clip range, whether with a baseline
 PLANE = {"A = r": (1, True, 0, False), "A = (r - mean) / std": (1, True, 0, True),
          "8 passes, no ratio": (8, True, 0, True), "8 passes, ratio": (8, False, 1e9, True),
@@ -243,7 +246,8 @@ def one_page(name, **constants):
 
 def training(name):
     """Run train.py. Row k: the policy after k epochs, its samples, its evaluation, and the update that follows."""
-    arguments = [*shlex.split(f"{TRAININGS[name]} {WATCH}"), "--auto-resume", "--out", str(RUNS / name)]
+    flags = f"{TRAININGS[name]} {WATCH[name]} {EVALUATIONS}"
+    arguments = [*shlex.split(flags), "--auto-resume", "--out", str(RUNS / name)]
     print(f"python train.py {shlex.join(arguments)}", flush=True)
     if subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT).returncode:
         raise InputError(f"{name} has stopped; python tutorial/figures.py goes on with it")
@@ -257,15 +261,18 @@ def training(name):
 def rows_of(folder):
     """The rows of a finished run, from its files."""
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result, judge = json.loads((folder / "result.json").read_text()), "score_experiments/judges.py:recognised"
+    result = json.loads((folder / "result.json").read_text())
+    watched = {name.split(":")[-1]: name for name in result["scores"]}      # recognised, rule
     rows = [dict(epoch=k) for k in range(len(history) + 1)]
     for k, line in enumerate(history):
         rows[k].update({name: line[name] for name in UPDATE if name in line}, reward=line["reward_mean"],
-                       recognised=line[judge])
+                       **{short: line[f"score_{name}"] for short, name in watched.items()})
         if "eval_reward" in line:
-            rows[k + 1].update(held_out=line["eval_reward"], held_out_recognised=line[f"eval_{judge}"])
+            rows[k + 1].update(held_out=line["eval_reward"], **{f"held_out_{short}": line[f"eval_score_{name}"]
+                                                                for short, name in watched.items()})
     for k, when in ((0, "before"), (-1, "after")):
-        rows[k].update(held_out=result[f"reward_{when}"], held_out_recognised=result["scores"][judge[6:]][k])
+        rows[k].update(held_out=result[f"reward_{when}"], **{f"held_out_{short}": result["scores"][name][k]
+                                                             for short, name in watched.items()})
     return rows
 
 
@@ -285,7 +292,7 @@ def exercise(number=1):
 EXPERIMENTS = dict(steps=steps, ratios=ratios, prompts=prompts, plane=plane,
                    **{name: partial(one_page, name) for name in PROGRAMS},
                    healthy=partial(training, "healthy"), too_fast=partial(training, "too_fast"), sick_1=exercise,
-                   hacked=partial(training, "hacked"), with_kl=partial(training, "with_kl"))
+                   **{name: partial(training, name) for name in ("unstable", "hacked", "with_kl")})
 
 
 def there(*names):
