@@ -49,7 +49,7 @@ class Settings:
     grid_timesteps: bool = False    # awm, nft, ram: draw them from the sampler's timesteps alone [awm, nft: on]
     awm_power: float = 1.0          # awm: power of the denoising error; below 1 large errors pull less [awm: 0.25]
     nft_beta: float = 1.0           # nft: distance of its good and bad policy from the old one [nft: 1 or 0.1]
-    inverse_temperature: float = 5.0  # beta of rwr, per unit of reward [0.2]
+    inverse_temperature: float = 5.0  # beta of rwr, per unit of reward; 0 weighs all samples alike [0.2]
     percentile: float = 0.9         # rwr_sparse keeps the samples above this quantile of the reward [0.9]
     # Optimizer
     weight_decay: float = 1e-4      # of AdamW [1e-4]
@@ -138,8 +138,9 @@ SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_
 SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
 LAPTOP_FORWARD = dict(epochs=5, lr=1e-3, timestep_fraction=1.0)
 
-# Regression learns to draw what it drew: few steps draw hazily, and every epoch would add haze to haze
-LAPTOP_RWR = dict(steps=32, epochs=4, inner_epochs=4, lr=2.5e-4, timestep_fraction=1.0)
+# Regression learns to draw what it drew, and what its pictures lack adds up: with guidance they lack the least
+LAPTOP_RWR = dict(steps=16, guidance=2.0, guidance_in_training=False, epochs=4, inner_epochs=4, lr=2.5e-4,
+                  timestep_fraction=1.0)
 
 PRESETS = {
     "laptop": {},
@@ -166,7 +167,7 @@ PRESETS = {
     "paper_rwr_sparse": {**PAPER_RWR, "algorithm": "rwr_sparse"},
 }
 # The rewards' scales differ: what a unit of reward is worth to the laptop's weighted regression
-LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=15.0))
+LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=60.0))
 # What an algorithm needs that is chosen on top of a preset of another one
 ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), awm=dict(timestep_fraction=1.0),
                   nft=dict(timestep_fraction=1.0), ram=dict(timestep_fraction=1.0, kl_weight=0.01),

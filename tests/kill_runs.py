@@ -1,6 +1,6 @@
 """Kill many runs at random moments, go on with the same command, and compare each with a run that nothing disturbed.
 
-    python tests/kill_runs.py 200       fifteen minutes on 2 CPU cores
+    python tests/kill_runs.py 200       40 minutes on 2 CPU cores
 
 A run is of one or two processes, is stopped once or twice (SIGKILL, SIGTERM or Ctrl-C, one process or all of them),
 while it samples, trains, saves, evaluates or begins. In the end all its files must be those of the undisturbed run, and

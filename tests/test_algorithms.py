@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 import train
 from conftest import cut, plain_descent, random_lora_policy
 from ddpo_min.advantages import epoch_advantages, group_advantages
+from ddpo_min.cli import make_settings
 from ddpo_min.ddim import ddim_mean, ddim_steps, step_weights
 from ddpo_min.ddpo import ddpo_update
 from ddpo_min.lora import switched_off
@@ -32,6 +33,8 @@ def test_rwr_weights_are_a_softmax_per_prompt_of_mean_one():
     got = rwr_weights(["a", "b", "a"], [-1e6, 0.0, np.log(2) / 0.2 * 1.0], beta=0.2, per_prompt=False)
     assert got == pytest.approx([0.0, 1.0, 2.0], abs=1e-12)
     assert np.isfinite(rwr_weights(["x"] * 2, [1e4, -1e4], beta=10.0)).all()
+    beta = make_settings(algorithm="rwr", inverse_temperature=0.0).inverse_temperature
+    assert (rwr_weights(["x"] * 3, [1.0, -9.0, 2.0], beta=beta) == 1).all()
 
 
 def test_sparse_weights_keep_what_reaches_the_percentile_of_its_prompt():

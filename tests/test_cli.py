@@ -151,7 +151,7 @@ def test_the_preset_goes_by_the_size_of_the_model_and_by_the_algorithm(tiny_file
     assert make_settings(weights=LARGE, algorithm="rwr", normalise="epoch").preset == "sd_lora"
     assert make_settings(weights=LARGE, algorithm="nft").preset == "sd_lora_nft"
     s = make_settings(algorithm="rwr_sparse")
-    assert (s.preset, s.percentile, s.steps) == ("laptop_rwr_sparse", 0.7, 32)
+    assert (s.preset, s.percentile, s.steps) == ("laptop_rwr_sparse", 0.7, 16)
     s = make_settings(algorithm="ddpo_sf")
     assert (s.preset, s.updates, s.lr) == ("laptop_ddpo_sf", 1, 3e-3)
 
@@ -165,12 +165,12 @@ def test_an_algorithm_on_top_of_anothers_preset_brings_what_it_needs():
     assert make_settings(preset="laptop", algorithm="ddpo_sf").updates == 1
     assert make_settings(preset="laptop", algorithm="rwr").inner_epochs == 4
     assert make_settings(preset="laptop", algorithm="ram").kl_weight == 0.01
-    assert make_settings(preset="laptop_rwr", algorithm="rwr").steps == 32
+    assert make_settings(preset="laptop_rwr", algorithm="rwr").steps == 16
 
 
 def test_a_unit_of_reward_is_worth_what_the_reward_says_but_on_the_laptop_alone():
     assert make_settings(algorithm="rwr").inverse_temperature == 5.0
-    assert make_settings(algorithm="rwr", reward="clip").inverse_temperature == 15.0
+    assert make_settings(algorithm="rwr", reward="clip").inverse_temperature == 60.0
     assert make_settings(algorithm="rwr", reward="aesthetic").inverse_temperature == 2.0
     assert make_settings(algorithm="rwr", reward="clip", inverse_temperature=1.0).inverse_temperature == 1.0
     assert make_settings(weights=LARGE, reward="clip").inverse_temperature == 0.2

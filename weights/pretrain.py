@@ -363,7 +363,7 @@ def train_sharper(args):
 def export(args):
     """Write the model, the CLIP and the two classifiers, fp16; their metadata name command, seed and commit."""
     vae, encoder = frozen_parts(args)
-    origin = dict(command=args.command, seed=args.seed, commit=commit())
+    origin = origin_of(args)
     save_single_file(args.out / "emoji.safetensors", train_sharper(args).cpu(), vae.cpu(), encoder,
                      dtype=torch.float16, image_size=world.SIZE, **origin)
     for name, module in (("clip", train_clip(args)), ("classifier", train_classifier(args)),
@@ -376,16 +376,18 @@ def export(args):
 def train_head(args):
     """The aesthetic head on the exported CLIP: see rater.py."""
     began = time.time()
-    log(args, "head", correlation=rater.main(args.out), minutes=(time.time() - began) / 60)
+    log(args, "head", correlation=rater.main(args.out, **origin_of(args)),
+        minutes=(time.time() - began) / 60)
 
 
-def commit():
-    """The commit that is checked out, or "unknown"."""
+def origin_of(args):
+    """What the files' metadata say: command, seed, and the commit that is checked out, or "unknown"."""
     try:
-        return subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
-                              ).stdout.strip()
+        commit = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=True,
+                                ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        commit = "unknown"
+    return dict(command=args.command, seed=args.seed, commit=commit)
 
 
 STAGES = dict(data=load_or_render, vae=train_vae, clip=train_clip, classifier=train_classifier,

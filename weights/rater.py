@@ -6,6 +6,7 @@ No human rated anything here. A rule computed from pixels plays the person; the 
 ratings of rendered pictures, as LAION's predictor saw people's. So a learned score can be compared with what it stands
 for: python train.py --reward aesthetic --watch weights/rater.py:rule
 """
+import json
 import sys
 from pathlib import Path
 
@@ -48,8 +49,11 @@ def ratings(images, rng):
     return np.clip(np.round(rule(images) + rng.normal(0, 0.7, len(images))), 1, 10)
 
 
-def main(folder=HERE, count=20_000, steps=3000):
-    """Train the head on the CLIP in `folder` and write it there; returns its correlation with the rule."""
+def main(folder=HERE, count=20_000, steps=3000, **origin):
+    """Train the head on the CLIP in `folder` and write it there, with its origin (command, seed, commit) as metadata.
+
+    Returns its correlation with the rule.
+    """
     torch.manual_seed(0)
     clip = ClipScorer(SMALL, str(folder / "clip.safetensors"), "cpu")
     embeddings, said, true = [], [], []
@@ -82,9 +86,9 @@ def main(folder=HERE, count=20_000, steps=3000):
     state = {f"layers.{i}.{kind}": getattr(layer, kind).detach().contiguous()
              for i, layer in enumerate(head) for kind in ("weight", "bias")}
     with atomic(folder / "aesthetic.safetensors") as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save_file(state, temporary, metadata={"format": "pt", "ddpo_min": json.dumps(origin)})
     return float(correlation)
 
 
 if __name__ == "__main__":
-    main()
+    main(command="python weights/rater.py")
