@@ -18,11 +18,11 @@ def read_rows(name):
                 for row in csv.DictReader(file)]
 
 
-def write_rows(name, rows):
-    """Write experiments/NAME.csv: the columns of all rows, in the order in which they first occur."""
+def write_rows(name, rows, folder=None):
+    """Write NAME.csv in a folder, or in experiments/: all rows' columns, in the order in which they first occur."""
     from ddpo_min.files import atomic
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with atomic(HERE / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
+    with atomic((folder or HERE) / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:

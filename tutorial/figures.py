@@ -1,7 +1,7 @@
 """Every picture and table of the tutorial's page:  python tutorial/figures.py
 
 First it measures what is missing (measure.py), 50 minutes on 2 CPU cores if all is: the model as it is and the plane 2,
-six programs made of one_page.py 12, the trainings healthy 4, too_fast 2, sick_1 3, unstable 5, hacked 10, with_kl 12;
+six programs made of one_page.py 12, the trainings healthy 4, too_fast 2, unstable 5, hacked 10, with_kl 12, sick_1 3;
 one at a time. From measured/ alone it then draws pictures/ and fills in the tables of README.md. Stop whenever you
 like. Delete a file of measured/ to have it anew: for another model all but plane.csv.
 """
@@ -175,8 +175,8 @@ def table_prompts():
 
 
 def table_plane():
-    yield "in the plane, from -2.68", "reward after 15 epochs, 3 seeds", "lowest from epoch 6 on"
     m = read("plane")
+    yield f"in the plane, from {m['reward'][0]:.2f}", "reward after 15 epochs, 3 seeds", "lowest from epoch 6 on"
     for name in PLANE:
         own = m["reward"][m["variant"] == name].reshape(3, -1)
         yield name, ", ".join(f"{r:.2f}" for r in own[:, -1]), f"{own[:, 6:].min():.2f}"

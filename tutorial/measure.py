@@ -19,7 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent / "exercises"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
 import curves
+from results import write_rows
 
 from ddpo_min import clip_rewards
 from ddpo_min.advantages import epoch_advantages
@@ -58,12 +60,7 @@ PLANE = {"A = r": (1, True, 0, False), "A = (r - mean) / std": (1, True, 0, True
 
 def write(name, rows):
     """Write measured/NAME.csv: a list of dicts."""
-    with atomic(MEASURED / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(column for row in rows for column in row), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({column: f"{cell:.6g}" if isinstance(cell, float) else cell
-                             for column, cell in row.items()})
+    write_rows(name, rows, MEASURED)
 
 
 def read(name):
@@ -291,8 +288,7 @@ def exercise(number=1):
 
 EXPERIMENTS = dict(steps=steps, ratios=ratios, prompts=prompts, plane=plane,
                    **{name: partial(one_page, name) for name in PROGRAMS},
-                   healthy=partial(training, "healthy"), too_fast=partial(training, "too_fast"), sick_1=exercise,
-                   **{name: partial(training, name) for name in ("unstable", "hacked", "with_kl")})
+                   **{name: partial(training, name) for name in TRAININGS}, sick_1=exercise)
 
 
 def there(*names):

@@ -376,8 +376,7 @@ def export(args):
 def train_head(args):
     """The aesthetic head on the exported CLIP: see rater.py."""
     began = time.time()
-    log(args, "head", correlation=rater.main(args.out, **origin_of(args)),
-        minutes=(time.time() - began) / 60)
+    log(args, "head", correlation=rater.main(args.out, **origin_of(args)), minutes=(time.time() - began) / 60)
 
 
 def origin_of(args):
