@@ -33,8 +33,8 @@ COLUMNS = 10    # pictures in a row of the grid, at most
 RANGES = (("num", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 500), ("seed", -1, 2 ** 32 - 1), ("eta", 0, 1))
 
 
-def parse(arguments):
-    """The command line of sample.py."""
+def make_parser():
+    """The flags of sample.py."""
     parser = OneLineParser(prog="sample.py", description="Draw pictures from prompts.", allow_abbrev=False)
     parser.add_argument("--prompt", default="", help="what to draw")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
@@ -65,7 +65,12 @@ def parse(arguments):
                         "or float16 where the GPU is older than that)")
     parser.add_argument("--out", default="samples", help="folder for the pictures; those that are there stay, and "
                         "numbers go on after them (samples)")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments):
+    """The command line of sample.py, checked. Raises InputError for what does not go together."""
+    args = make_parser().parse_args(arguments)
     args.lora = [file_and_strength(text, args.scale) for text in args.lora]
     files = args.export_lora or args.merge
     if bool(args.prompt) == bool(args.prompts) and (args.prompt or not files):
