@@ -1,7 +1,7 @@
 """What tests/test_processes.py starts several processes of, joined as torchrun does it.
 
 They are forked from a server that has imported everything: to start Python and import torch in each would take longer
-than what they do.
+than what they do. So would what is imported at its first use only: that is in LATER.
 """
 import multiprocessing
 import os
@@ -21,6 +21,7 @@ from test_siblings import CASES as SIBLINGS
 from test_update_oracle import CASES, run_train, settings_of, tiny_model
 
 SERVER = multiprocessing.get_context("forkserver")
+LATER = ["open_clip", "torch._dynamo"]      # by the tokenizer, and by a network whose weights come from a file
 
 # One case for each algorithm, normalisation and kind of training, with several optimizer steps an epoch where it can
 CHOSEN = list({(case["algorithm"], case["normalise"], case["trainable"]): case
@@ -31,7 +32,7 @@ CHOSEN = list({(case["algorithm"], case["normalise"], case["trainable"]): case
 @cache
 def start_server():
     """Start it, with this file imported: it looks for the file where PYTHONPATH says, and nowhere else."""
-    SERVER.set_forkserver_preload(["in_processes"])
+    SERVER.set_forkserver_preload(["in_processes", *LATER])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         forkserver.ensure_running()
