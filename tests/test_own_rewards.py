@@ -331,6 +331,16 @@ def test_a_run_from_python_resumes_with_its_own_function_only(tiny_file, tmp_pat
     assert train.train(make_settings(resume=folder, epochs=2), reward=one).finished == 2
 
 
+def test_a_function_with_the_name_of_another_reward_is_trained_on_and_that_one_watched(tiny_file, tmp_path):
+    def jpeg(images, prompts):
+        return images.mean((1, 2, 3))
+
+    given = dict(weights=str(tiny_file), preset="laptop", epochs=1, samples=4, updates=1, steps=2, eval_samples=2)
+    run = train.train(make_settings(**given, watch="jpeg", out=str(tmp_path / "run")), reward=jpeg)
+    assert run.settings.reward == "own_jpeg"
+    assert run.history[0]["reward_mean"] > 0 > run.history[0]["score_jpeg"]
+
+
 def test_threads_that_score_at_once_leave_the_folder_as_it_was(tmp_path, monkeypatch):
     """vlm is scored in several threads, and its encoder may go to another folder."""
     monkeypatch.chdir(tmp_path)
