@@ -319,8 +319,9 @@ def _check_stop(s, names):
     if names and name not in names:
         raise InputError(f"--stop-when {s.stop_when}: {name} is neither trained on nor watched; add --watch {name}")
     if not s.eval_every:
-        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; add --eval-every 1, or "
-                         "another number of epochs")
+        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; " + (
+            "this run has none, start a new one with --eval-every 1" if s.resume else
+            "add --eval-every 1, or another number of epochs"))
 
 
 def _check_types(values):

@@ -394,6 +394,12 @@ def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
         read_settings(["--resume", run_folder(tmp_path / "run"), "--epochs", "0"])
 
 
+def test_a_run_without_evaluations_between_epochs_cannot_be_given_a_bound(tmp_path):
+    folder = run_folder(tmp_path / "run")       # --eval-every is not among what may change
+    with pytest.raises(InputError, match="this run has none, start a new one with --eval-every 1$"):
+        check_settings(read_settings(["--resume", folder, "--stop-when", "jpeg<-9"]))
+
+
 def test_a_rank_is_refused_beside_a_lora_to_start_from_but_not_where_a_run_wrote_it_down(tmp_path):
     folder = run_folder(tmp_path / "run", init_lora="a.safetensors", rank=4)
     assert read_settings(["--resume", folder]).init_lora == "a.safetensors"
