@@ -126,7 +126,8 @@ def test_numbers_of_all_kinds_are_taken(result):
     ((np.zeros(3), {}), "a tuple of"), ([1, 2], "a list of shape (2,)"), (np.zeros((3, 1)), "shape (3, 1)"),
     ([1, None, 2], "type object"), (None, "a NoneType"), (1.0, "a float of shape ()"), ("abc", "a str of shape ()"),
     (["1", "2", "3"], "a list of shape (3,) and type <U1"), ([[1], [2, 3], []], "a list of parts"),
-    (np.array([1, 2j, 3]), "type complex128"), ({"a": 1}, "a dict of"), (np.array(["x"] * 3, object), "type object")])
+    (np.array([1, 2j, 3]), "type complex128"), (torch.tensor([1, 2j, 3]), "type complex64"),
+    ({"a": 1}, "a dict of"), (np.array(["x"] * 3, object), "type object")])
 def test_what_is_not_one_number_for_each_picture_is_one_line(result, named):
     message = refused(score, lambda images, prompts: result, IMAGES, PROMPTS, "reward mine.py:f", 6)
     assert message.startswith("reward mine.py:f returned ") and named in message
