@@ -158,7 +158,9 @@ def score(reward, images, prompts, name="the reward", first=0, alone=True):
             result = reward(images.copy(), list(prompts))       # copies: some write into them
     except InputError as error:
         raise InputError(f"{name} failed on {which}: {error}")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:          # of these are sys.exit's, and asyncio's where a request was cancelled
         frame = error.__traceback__         # the reward's own, if it is written in Python
         while frame and frame.tb_frame.f_code.co_filename == __file__:
             frame = frame.tb_next

@@ -144,7 +144,8 @@ def test_numbers_that_are_none_or_too_large_name_their_pictures(bad, named):
 @pytest.mark.parametrize("code,named", [
     ("raise KeyError('lost\\nmore')", "KeyError: 'lost"), ("sys.exit(0)", "SystemExit: 0"), ("exit()", "SystemExit"),
     ("argparse.ArgumentParser().parse_args(['-x'])", "SystemExit: 2"), ("open('/no/such')", "FileNotFoundError"),
-    ("assert False", "AssertionError: no message"), ("raise OSError('\\x1b[31mred')", "OSError: [31mred")])
+    ("assert False", "AssertionError: no message"), ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+    ("raise OSError('\\x1b[31mred')", "OSError: [31mred")])
 def test_a_reward_that_raises_or_exits_names_its_line(code, named, tmp_path):
     path = written(tmp_path, f"import argparse, sys\n\n\ndef bad(images, prompts):\n    {code}\n")
     message = refused(score, find_own(f"{path}:bad"), IMAGES, PROMPTS, "reward bad")
