@@ -284,7 +284,7 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
      "too few to compare; take more --samples, or --normalise epoch"),
     # rewards
     ("--reward ''", "--reward: empty"), ("--reward beauty", "--reward beauty: unknown"),
-    ("--reward jpeg=0", "--reward jpeg=0: weight"),
+    ("--reward jpeg=0", "--reward jpeg=0: weight"), ("--reward jpeg,", "--reward jpeg,: a part without a name"),
     ("--reward jpeg=much", "--reward jpeg=much: 'much' is not a number"),
     ("--reward nowhere.py:red", "--reward nowhere.py:red: no file nowhere.py"),
     ("--watch jpeg=2", "--watch jpeg=2: weights have no meaning there"), ("--watch beauty", "--watch beauty: unknown"),
