@@ -78,6 +78,8 @@ SKIPPED = re.compile(r"model_ema\.|.*position_ids$|(alphas_cumprod|betas|log_one
 def open_safetensors(path):
     """Open a safetensors file lazily. Raises InputError if it is missing, incomplete or of another format."""
     path, head = Path(path), b""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; expected a .safetensors file")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

@@ -19,6 +19,7 @@ from . import __version__
 from .files import InputError
 from .folder import instead_of_resuming, sha256
 from .prompts import evaluation_prompts, find_prompts
+from .rewards import REWARDS, WITH_NETWORKS
 from .scorer import check_rewards
 from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
 from .text import cut_prompts
@@ -192,9 +193,11 @@ def _started_or_resumed(given):
 
 
 def with_own_reward(settings, reward):
-    """The settings with a function as the reward: its name is in files and figures. Raises InputError if the run that
-    is resumed has another."""
+    """The settings with a function as the reward: its name is in files and figures, or "own_jpeg" if it is called like
+    another reward. Raises InputError if the run that is resumed has another."""
     name = getattr(reward, "__name__", "own")
+    if name in WITH_NETWORKS or REWARDS.get(name, reward) is not reward:
+        name = f"own_{name}"
     if settings.resume and name != settings.reward:
         raise InputError(f"reward {name}: the run in {settings.resume} was trained on {settings.reward}; give that "
                          "function")
@@ -316,8 +319,9 @@ def _check_stop(s, names):
     if names and name not in names:
         raise InputError(f"--stop-when {s.stop_when}: {name} is neither trained on nor watched; add --watch {name}")
     if not s.eval_every:
-        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; add --eval-every 1, or "
-                         "another number of epochs")
+        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; " + (
+            "this run has none, start a new one with --eval-every 1" if s.resume else
+            "add --eval-every 1, or another number of epochs"))
 
 
 def _check_types(values):

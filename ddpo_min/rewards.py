@@ -158,14 +158,18 @@ def score(reward, images, prompts, name="the reward", first=0, alone=True):
             result = reward(images.copy(), list(prompts))       # copies: some write into them
     except InputError as error:
         raise InputError(f"{name} failed on {which}: {error}")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:          # of these are sys.exit's, and asyncio's where a request was cancelled
         frame = error.__traceback__         # the reward's own, if it is written in Python
         while frame and frame.tb_frame.f_code.co_filename == __file__:
             frame = frame.tb_next
         line = f", in line {frame.tb_lineno} of {frame.tb_frame.f_code.co_filename}" if frame else ""
         raise InputError(f"{name} failed on {which}{line} ({type(error).__name__}: {first_line(error)}); mend it there")
     try:
-        numbers = result.detach().cpu().double() if isinstance(result, torch.Tensor) else result
+        numbers = result
+        if isinstance(result, torch.Tensor):
+            numbers = result.detach().cpu() if result.is_complex() else result.detach().cpu().double()
         if isinstance(result, (list, tuple)):
             numbers = [r.item() if isinstance(r, torch.Tensor) and r.numel() == 1 else r for r in result]
         rewards = np.asarray(numbers)

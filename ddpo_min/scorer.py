@@ -21,6 +21,8 @@ def parse_rewards(text, flag="--reward"):
     weights = {}
     for part in text.split(","):
         name, _, weight = (piece.strip() for piece in (part if "=" in part else part + "=1").rpartition("="))
+        if not name:
+            raise InputError(f"{flag} {text}: a part without a name; expected NAME,NAME or NAME=WEIGHT,NAME=WEIGHT")
         if name in weights:
             raise InputError(f"{flag} {text}: {name} is given twice; give it one weight")
         try:

@@ -50,7 +50,7 @@ class Settings:
     awm_power: float = 1.0          # awm: power of the denoising error; below 1 large errors pull less [awm: 0.25]
     nft_beta: float = 1.0           # nft: distance of its good and bad policy from the old one [nft: 1 or 0.1]
     inverse_temperature: float = 5.0  # beta of rwr, per unit of reward; 0 weighs all samples alike [0.2]
-    percentile: float = 0.9         # rwr_sparse keeps the samples above this quantile of the reward [0.9]
+    percentile: float = 0.9         # rwr_sparse keeps the samples from this quantile of the reward on [0.9]
     # Optimizer
     weight_decay: float = 1e-4      # of AdamW [1e-4]
     beta1: float = 0.9              # of AdamW: decay of the gradients' mean [0.9]

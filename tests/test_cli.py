@@ -284,7 +284,7 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
      "too few to compare; take more --samples, or --normalise epoch"),
     # rewards
     ("--reward ''", "--reward: empty"), ("--reward beauty", "--reward beauty: unknown"),
-    ("--reward jpeg=0", "--reward jpeg=0: weight"),
+    ("--reward jpeg=0", "--reward jpeg=0: weight"), ("--reward jpeg,", "--reward jpeg,: a part without a name"),
     ("--reward jpeg=much", "--reward jpeg=much: 'much' is not a number"),
     ("--reward nowhere.py:red", "--reward nowhere.py:red: no file nowhere.py"),
     ("--watch jpeg=2", "--watch jpeg=2: weights have no meaning there"), ("--watch beauty", "--watch beauty: unknown"),
@@ -392,6 +392,12 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
     with pytest.raises(InputError, match="--epochs 0: expected 1 or more"):
         read_settings(["--resume", run_folder(tmp_path / "run"), "--epochs", "0"])
+
+
+def test_a_run_without_evaluations_between_epochs_cannot_be_given_a_bound(tmp_path):
+    folder = run_folder(tmp_path / "run")       # --eval-every is not among what may change
+    with pytest.raises(InputError, match="this run has none, start a new one with --eval-every 1$"):
+        check_settings(read_settings(["--resume", folder, "--stop-when", "jpeg<-9"]))
 
 
 def test_a_rank_is_refused_beside_a_lora_to_start_from_but_not_where_a_run_wrote_it_down(tmp_path):

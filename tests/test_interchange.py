@@ -420,7 +420,8 @@ def test_exporting_needs_no_prompt_and_no_weights_and_replaces_an_older_file(sav
     (["--export-lora", "kohya"], "--lora"), (["--merge", "x.safetensors"], "--lora"), ([], "--prompt"),
     (["--lora", "a.safetensors", "--merge", "x.ckpt"], "x.ckpt"),
     (["--lora", "a.safetensors", "--export-lora", "kohya", "--prompt", "a", "--prompts", "animals"], "--prompt"),
-    (["--lora", "missing.safetensors", "--export-lora", "kohya"], "missing.safetensors: no such file")])
+    (["--lora", "missing.safetensors", "--export-lora", "kohya"], "missing.safetensors: no such file"),
+    (["--lora", "..", "--export-lora", "kohya"], r"^\.\.: a folder; expected a \.safetensors file$")])
 def test_flags_that_do_not_go_together_are_refused(wrong, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=words):

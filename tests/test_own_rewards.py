@@ -126,7 +126,8 @@ def test_numbers_of_all_kinds_are_taken(result):
     ((np.zeros(3), {}), "a tuple of"), ([1, 2], "a list of shape (2,)"), (np.zeros((3, 1)), "shape (3, 1)"),
     ([1, None, 2], "type object"), (None, "a NoneType"), (1.0, "a float of shape ()"), ("abc", "a str of shape ()"),
     (["1", "2", "3"], "a list of shape (3,) and type <U1"), ([[1], [2, 3], []], "a list of parts"),
-    (np.array([1, 2j, 3]), "type complex128"), ({"a": 1}, "a dict of"), (np.array(["x"] * 3, object), "type object")])
+    (np.array([1, 2j, 3]), "type complex128"), (torch.tensor([1, 2j, 3]), "type complex64"),
+    ({"a": 1}, "a dict of"), (np.array(["x"] * 3, object), "type object")])
 def test_what_is_not_one_number_for_each_picture_is_one_line(result, named):
     message = refused(score, lambda images, prompts: result, IMAGES, PROMPTS, "reward mine.py:f", 6)
     assert message.startswith("reward mine.py:f returned ") and named in message
@@ -143,7 +144,8 @@ def test_numbers_that_are_none_or_too_large_name_their_pictures(bad, named):
 @pytest.mark.parametrize("code,named", [
     ("raise KeyError('lost\\nmore')", "KeyError: 'lost"), ("sys.exit(0)", "SystemExit: 0"), ("exit()", "SystemExit"),
     ("argparse.ArgumentParser().parse_args(['-x'])", "SystemExit: 2"), ("open('/no/such')", "FileNotFoundError"),
-    ("assert False", "AssertionError: no message"), ("raise OSError('\\x1b[31mred')", "OSError: [31mred")])
+    ("assert False", "AssertionError: no message"), ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+    ("raise OSError('\\x1b[31mred')", "OSError: [31mred")])
 def test_a_reward_that_raises_or_exits_names_its_line(code, named, tmp_path):
     path = written(tmp_path, f"import argparse, sys\n\n\ndef bad(images, prompts):\n    {code}\n")
     message = refused(score, find_own(f"{path}:bad"), IMAGES, PROMPTS, "reward bad")
@@ -329,6 +331,16 @@ def test_a_run_from_python_resumes_with_its_own_function_only(tiny_file, tmp_pat
     with pytest.raises(InputError, match="reward other: the run in .* was trained on one; give that function"):
         train.train(make_settings(resume=folder, epochs=2), reward=other)
     assert train.train(make_settings(resume=folder, epochs=2), reward=one).finished == 2
+
+
+def test_a_function_with_the_name_of_another_reward_is_trained_on_and_that_one_watched(tiny_file, tmp_path):
+    def jpeg(images, prompts):
+        return images.mean((1, 2, 3))
+
+    given = dict(weights=str(tiny_file), preset="laptop", epochs=1, samples=4, updates=1, steps=2, eval_samples=2)
+    run = train.train(make_settings(**given, watch="jpeg", out=str(tmp_path / "run")), reward=jpeg)
+    assert run.settings.reward == "own_jpeg"
+    assert run.history[0]["reward_mean"] > 0 > run.history[0]["score_jpeg"]
 
 
 def test_threads_that_score_at_once_leave_the_folder_as_it_was(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "weights"))
 import pretrain
 import sharper
+import tried
 from ddpo_min.ddim import ddim_mean
+from ddpo_min.files import InputError
 from ddpo_min.schedule import alphas_cumprod
 
 
@@ -144,3 +146,11 @@ def test_the_check_tells_the_same_model_from_another(tmp_path, monkeypatch, caps
         pretrain.check(SimpleNamespace())
         said = capsys.readouterr().out.splitlines()
         assert said[0].endswith("the same to the bit") and said[1].endswith(verdict) and len(said) == 2
+
+
+@pytest.mark.parametrize("there", [(), ("latents.pt",), ("unet.pt",)])
+def test_ways_are_only_tried_after_the_recipe(tmp_path, there):
+    for file in there:
+        (tmp_path / file).touch()
+    with pytest.raises(InputError, match=r"\.pt: not there; python weights/pretrain\.py leaves it, run that first$"):
+        tried.main(tmp_path)

@@ -17,6 +17,7 @@ import rater
 import world
 from classifiers import to_float
 from ddpo_min import clip_rewards
+from ddpo_min.files import InputError
 from ddpo_min.prompts import ANIMALS, find_prompts
 from ddpo_min.weights import load_stable_diffusion
 
@@ -101,6 +102,14 @@ def test_the_shipped_parts_do_their_work():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("wrong, message", [
+    ("--num 1", "--num 1: expected 2 to 10000"), ("--num 0", "--num 0: expected 2 to 10000"),
+    ("--steps 501", "--steps 501: expected 1 to 500"), ("--lora nowhere", "--lora nowhere: no such file")])
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(wrong, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        evaluate.main(wrong.split())
+
+
 def test_the_shipped_head_knows_the_rule_of_its_rater():
     images = world.render_many(evaluate.HELD_OUT_WORLD, 140, activities=False).image
     scores = clip_rewards.aesthetic("cpu", small=True)(images, ["a cat"] * len(images))

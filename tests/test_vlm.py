@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 import train
+from conftest import ROOT
 from ddpo_min import chat, vlm
 from ddpo_min.files import InputError
+from ddpo_min.prompts import find_prompts
 from ddpo_min.text import tokenize
 from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, metrics
@@ -70,6 +72,26 @@ def test_texts_are_embedded_token_by_token_without_marks(tiny_file):
 
 
 # A small server, and what is asked of it
+
+def test_the_pages_table_is_what_the_shipped_model_says():
+    text = load_stable_diffusion().text_encoder
+    table = (ROOT / "docs" / "rewards.md").read_text().partition("| answer |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+    def behind_the_layers(texts):
+        ids = tokenize(texts)
+        return [(row[1:row.argmax()].tolist(), out[1:row.argmax()]) for row, out in zip(ids, text(ids).detach())]
+
+    def says(encoder, idf, weighted):
+        reward = vlm.Alignment(None, encoder, "The image contains {prompt}", find_prompts("activities"), idf)
+        (tokens, reference), = reward.references(["a pig riding a bike"])
+        return [f"{vlm.bertscore_recall(reference, answer, reward.weights(tokens) if weighted else None):.3f}"
+                for _, answer in reward.embed([row[0] for row in rows])]
+
+    table = vlm.TextEmbedder(text)
+    assert len(rows) == 6 and [row[1:] for row in rows] == [list(row) for row in zip(
+        says(behind_the_layers, False, False), says(table, False, True), says(table, True, True))]
+
 
 def said(content):
     """The JSON of a chat completion."""

@@ -20,7 +20,7 @@ from classifiers import Classifier, PatchClassifier, to_float  # noqa: E402
 from ddpo_min import figures, load_stable_diffusion  # noqa: E402
 from ddpo_min.clip_rewards import SMALL, ClipScorer  # noqa: E402
 from ddpo_min.ddim import ddim_steps  # noqa: E402
-from ddpo_min.files import run_main  # noqa: E402
+from ddpo_min.files import InputError, run_main  # noqa: E402
 from ddpo_min.lora import load_lora  # noqa: E402
 from ddpo_min.plan import micro_batches  # noqa: E402
 from ddpo_min.policy import Policy  # noqa: E402
@@ -111,7 +111,7 @@ def report(name, images, animals, classifiers):
     return right[0]
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", default=str(HERE / "emoji.safetensors"))
     parser.add_argument("--lora", default="", help="compare base and LoRA instead")
@@ -119,7 +119,13 @@ def main():
     parser.add_argument("--steps", type=int, help="instead of train.py's and sample.py's")
     parser.add_argument("--guidance", type=float, help="instead of train.py's and sample.py's")
     parser.add_argument("--sheet", default="", help="write one sample of every animal here (the first seed of each)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    for name, least, most in (("num", 2, 10_000), ("steps", 1, 500)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name} {value}: expected {least} to {most}")
+    if args.lora and not Path(args.lora).is_file():
+        raise InputError(f"--lora {args.lora}: no such file")
     num = args.num or (4 if args.lora else 40)
     ways = {"train.py": (Settings.steps, Settings.guidance, Settings.eta), "sample.py": (20, 2.0, 1.0)}
     if args.lora:

@@ -4,7 +4,7 @@
 
 Each way starts from the finished UNet and trains it for STEPS steps of 64 pictures, or the same number of pictures in
 larger batches. Those that change the network start from nothing, so they are compared with one another. Every result is
-kept in --work/tried.json, and what is there is not done again. 450 pictures are drawn as train.py draws them.
+kept in weights/work/tried.json, and what is there is not done again. 450 pictures are drawn as train.py draws them.
 """
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ import evaluate
 import pretrain
 import sharper
 from ddpo_min.ddim import ddim_steps, guide
-from ddpo_min.files import atomic
+from ddpo_min.files import InputError, atomic, run_main
 from ddpo_min.unet import UNet
 from ddpo_min.weights import load_stable_diffusion
 
@@ -135,6 +135,9 @@ def row(name, found):
 
 def main(work=pretrain.HERE / "work", weights=pretrain.HERE / "emoji.safetensors"):
     args = SimpleNamespace(work=Path(work), device="cpu", seed=0, stop_at=None)
+    for file in ("latents.pt", "unet.pt"):
+        if not (args.work / file).is_file():
+            raise InputError(f"{args.work / file}: not there; python weights/pretrain.py leaves it, run that first")
     path, pictures = args.work / "tried.json", pretrain.Pictures(args)
     done = json.loads(path.read_text()) if path.exists() else {}
     model, classifiers = load_stable_diffusion(weights), evaluate.load_classifiers()
@@ -164,4 +167,4 @@ def main(work=pretrain.HERE / "work", weights=pretrain.HERE / "emoji.safetensors
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
