@@ -106,6 +106,8 @@ def file_and_strength(text, usual):
     file, equals, strength = text.rpartition("=")
     if not equals or Path(text).exists():       # a file may have = in its name
         return text, usual
+    if not file:
+        raise InputError(f"--lora {text}: which file? expected FILE or FILE=STRENGTH, like lora.safetensors=0.5")
     try:
         if np.isfinite(float(strength)):
             return file, float(strength)

@@ -1,4 +1,5 @@
 """The few things every file needs: one error for bad input, and writing that never leaves half a file."""
+import argparse
 import errno
 import os
 import re
@@ -194,6 +195,12 @@ def run_main(main):
     if stopped and threading.active_count() > 1 and not in_a_shell:
         os._exit(status)        # sys.exit would wait for the threads: for ever, if a reward hangs in one
     sys.exit(status)
+
+
+def run_script(main, doc):
+    """run_main() for a script without flags: --help prints its docstring, anything else is refused."""
+    argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    run_main(main)
 
 
 def _status(main):

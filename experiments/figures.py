@@ -6,7 +6,7 @@ import numpy as np
 from results import HERE, ROOT, column, mean_and_error, read_rows, runs_of
 
 sys.path.insert(0, str(ROOT))
-from ddpo_min.files import atomic
+from ddpo_min.files import atomic, run_script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -278,6 +278,10 @@ def tables():
     return {figure.__name__: list(figure(rows)) for figure in FIGURES if (rows := read_rows(figure.__name__))}
 
 
-if __name__ == "__main__":
+def main():
     for name, lines in tables().items():
         print(f"\n{name}", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update, even_emphasis
+from ddpo_min.files import run_script
 from ddpo_min.learner import Learner
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss, matching_log_prob
 from ddpo_min.plan import Plan, micro_batches
@@ -155,4 +156,4 @@ def after_a_step(learner, policy, trajectories, advantages, emphasis, seed):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__)

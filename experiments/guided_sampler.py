@@ -24,6 +24,7 @@ import rater  # noqa: E402
 from ddpo_min import load_stable_diffusion  # noqa: E402
 from ddpo_min.clip_rewards import AestheticReward, aesthetic  # noqa: E402
 from ddpo_min.ddim import ddim_steps, x0_hat  # noqa: E402
+from ddpo_min.files import run_script  # noqa: E402
 from ddpo_min.plan import micro_batches  # noqa: E402
 from ddpo_min.policy import Policy  # noqa: E402
 from ddpo_min.prompts import find_prompts, held_out  # noqa: E402
@@ -73,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__)

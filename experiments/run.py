@@ -66,7 +66,7 @@ EXPERIMENTS = dict(
                                                              "counting": "--eval-prompts counting"}.items()}),
     # A learned reward followed too far, and what a KL penalty does
     overoptimisation=Experiment(70, {f"KL weight {weight}": f"--reward aesthetic --epochs 24 --kl-weight {weight}"
-                                     for weight in (0, 1, 10)}, watch=RULE),
+                                     for weight in (0, 0.01, 0.03)}, watch=RULE),
     # The comparison with DPOK: one prompt each, in this world's words
     dpok=Experiment(30, {name: f"--reward clip --prompts experiments/prompts/{name}.txt"
                          for name in ("colour", "count", "composition", "location")},

@@ -15,7 +15,8 @@ from pathlib import Path
 from results import ROOT, write_rows
 from tqdm import tqdm
 
-sys.path.insert(0, str(ROOT))       # for write_rows
+sys.path.insert(0, str(ROOT))
+from ddpo_min.files import run_script
 
 CORES = 2
 START = dict(samples=128, steps=8, processes=1)
@@ -46,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__)

@@ -3,6 +3,7 @@ import json
 import random
 import re
 import shlex
+import sys
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from ddpo_min import __version__, cli
 from ddpo_min.cli import ON_RESUME, check_settings, command, describe, make_parser, make_settings, read_settings
-from ddpo_min.files import InputError
+from ddpo_min.files import InputError, run_script
 from ddpo_min.folder import sha256
 from ddpo_min.settings import PRESETS, Settings
 from ddpo_min.weights import SHIPPED
@@ -542,3 +543,13 @@ def test_settings_of_presets_whose_reward_lacks_something_can_still_be_described
     s = make_settings(weights=LARGE, preset="sd_lora_alignment", vlm_model="m")
     assert command(s) == f"python train.py --reward vlm --weights {LARGE} --preset sd_lora_alignment --vlm-model m"
     assert "'m'    * preset sd_lora_alignment: ''" in describe(s)
+
+
+@pytest.mark.parametrize("flag, status", [("--help", 0), ("--weights", 2)])
+def test_a_script_without_flags_does_nothing_but_explain_itself(flag, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rater.py", flag])
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: pytest.fail("it has begun"), "Trains the head.\n\n    python rater.py")
+    out, error = capsys.readouterr()
+    assert stop.value.code == status and (out if flag == "--help" else error).startswith("usage: rater.py")
+    assert ("Trains the head.\n\n    python rater.py\n" in out) == (flag == "--help")

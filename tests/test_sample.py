@@ -118,6 +118,7 @@ def test_a_lora_has_its_own_strength_or_scale_and_a_file_may_have_an_equals_sign
 @pytest.mark.parametrize("flags, words", [
     (["--lora", "a.safetensors="], "--lora a.safetensors=: no such file, and nothing is no strength"),
     (["--lora", "a=x"], "--lora a=x: no such file, and x is no strength; expected FILE or FILE=STRENGTH"),
+    (["--lora", "=0.5"], "--lora =0.5: which file? expected FILE or FILE=STRENGTH"),
     (["--lora", "a=nan"], "nan is no strength"), (["--lora", "a=inf"], "inf is no strength"),
     (["--lora", "a", "--lora", "b", "--export-lora", "kohya"], "--export-lora: expected one --lora"),
     (["--seed", "4294967296"], "--seed 4294967296: expected -1 to 4294967295"), (["--seed", "-2"], "--seed -2"),

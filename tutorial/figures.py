@@ -11,7 +11,7 @@ from measure import HERE, PAGE, PLANE, PROGRAMS, kept, measure_what_is_missing, 
 from PIL import Image
 
 from ddpo_min.figures import grid
-from ddpo_min.files import atomic, run_main
+from ddpo_min.files import atomic, run_script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -243,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main, __doc__)

@@ -8,6 +8,7 @@ for: python train.py --reward aesthetic --watch weights/rater.py:rule
 """
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import world  # noqa: E402
 from ddpo_min.clip_rewards import SMALL, ClipScorer  # noqa: E402
-from ddpo_min.files import atomic  # noqa: E402
+from ddpo_min.files import atomic, run_script  # noqa: E402
 
 WIDTHS = (64, 128, 32, 16, 1)       # LAION's are 768, 1024, 128, 64, 16, 1
 RATER_SEED = 77_000_000             # of renders that nothing else draws
@@ -91,4 +92,4 @@ def main(folder=HERE, count=20_000, steps=3000, **origin):
 
 
 if __name__ == "__main__":
-    main(command="python weights/rater.py")
+    run_script(partial(main, command="python weights/rater.py"), __doc__)

@@ -18,7 +18,7 @@ import evaluate
 import pretrain
 import sharper
 from ddpo_min.ddim import ddim_steps, guide
-from ddpo_min.files import InputError, atomic, run_main
+from ddpo_min.files import InputError, atomic, run_script
 from ddpo_min.unet import UNet
 from ddpo_min.weights import load_stable_diffusion
 
@@ -167,4 +167,4 @@ def main(work=pretrain.HERE / "work", weights=pretrain.HERE / "emoji.safetensors
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_script(main, __doc__)
