@@ -49,6 +49,26 @@ def tiny_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def plain_curve():
+    """curve.png is a line of text, for runs of which it is not looked at: matplotlib takes longer than an epoch.
+
+    Gives the function in whose place this is. test_algorithms.py, test_own_rewards.py, test_siblings.py and
+    test_sums.py draw the real one.
+    """
+    from ddpo_min import figures
+    from ddpo_min.files import atomic
+
+    def save_curve(path, history, title):
+        with atomic(path) as temporary:
+            temporary.write_text(title)
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = figures.save_curve
+        patch.setattr(figures, "save_curve", save_curve)
+        yield real
+
+
 def random_lora_policy(path, guidance, steps, dtype=torch.float32):
     """(a policy whose LoRA has random values, its parameters): for updates against gradients written by hand."""
     from ddpo_min.ddim import ddim_steps

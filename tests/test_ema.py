@@ -16,6 +16,7 @@ from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, assert_same_run, metrics
 
 MORE = "--lr", "0.02", "--eval-every", "1", "--keep-every", "3"
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 @pytest.fixture(scope="module")

@@ -23,25 +23,14 @@ from conftest import ROOT
 from ddpo_min import cli, files, folder, run
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.cli import make_settings
-from ddpo_min.files import TEMPORARY, InputError, atomic
+from ddpo_min.files import TEMPORARY, InputError
 from ddpo_min.folder import Folder, sha256
 from ddpo_min.learner import Learner
 from ddpo_min.lora import save_lora
 from test_train import metrics
 
 EPOCHS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain_curve():
-    """matplotlib takes longer than all the rest."""
-    def save_curve(path, history, title):
-        with atomic(path) as temporary:
-            temporary.write_text(title)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.figures, "save_curve", save_curve)
-        yield
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 def learner_of(s, **more):

@@ -13,6 +13,8 @@ from ddpo_min.weights import SHIPPED, load_stable_diffusion
 from test_train import arguments, metrics
 from test_vlm import Server, chat_with, no_key_and_no_proxy_of_the_user, refused, said  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("plain_curve")
+
 PIG = "a pig riding a bike"
 ANSWERS = {      # about PIG: those that say it, those that say a half of it, and those that say nothing of it
     2: ["The image contains a pig riding a bike.", "a pig riding a bike", "A pig is riding a bicycle.",

@@ -18,6 +18,8 @@ from ddpo_min.prompts import draw_prompts, find_prompts, held_out
 from ddpo_min.weights import load_stable_diffusion
 from test_train import TIMES, arguments, assert_same_run, metrics
 
+pytestmark = pytest.mark.usefixtures("plain_curve")
+
 
 def spy(monkeypatch, owner, name, seen):
     """Call owner.name as always, and append (its arguments, what it returned) to `seen`."""
@@ -139,11 +141,12 @@ def test_evaluations_rows_and_checkpoints_come_in_their_epochs(tiny_file, tmp_pa
                       "write_state 3", "write_state 4", "add_row 4", "write_state 5", "run", "add_row 5"]
 
 
-def test_every_file_of_a_run_names_the_version(tiny_file, tmp_path):
+def test_every_file_of_a_run_names_the_version(tiny_file, tmp_path, plain_curve, monkeypatch):
     from PIL import Image
     from safetensors import safe_open
 
-    from ddpo_min import __version__
+    from ddpo_min import __version__, figures
+    monkeypatch.setattr(figures, "save_curve", plain_curve)         # the real one
     out = tmp_path / "run"
     train.train(settings(tiny_file, out, epochs=1))
     assert json.loads((out / "config.json").read_text())["version"] == __version__

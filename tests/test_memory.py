@@ -22,6 +22,7 @@ from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, assert_same_run
 
 DDPO = dict(clip_range=0.01, emphasis=[1.0] * 3)
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 def gradient(policy, parameters):

@@ -15,6 +15,8 @@ from in_processes import CHOSEN, Group, command, run_case, trainings
 from test_train import arguments, metrics
 from test_update_oracle import furthest
 
+pytestmark = pytest.mark.usefixtures("plain_curve")
+
 # Parts
 
 @pytest.mark.parametrize("samples, updates, count", [(12, 2, 3), (8, 2, 3), (6, 3, 4), (16, 1, 5)])

@@ -49,6 +49,7 @@ REAL_TEXT = TextConfig(used=11, norm=False)
 REAL_TEXT_2 = TextConfig(width=1280, layers=32, heads=20, inner=5120, used=31, openclip=True, norm=False,
                          projection=1280)
 PROMPTS = ["a fox", "wait, two dogs on the moon", "one two three four " * 40]
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 def networks(dtype=torch.float64):

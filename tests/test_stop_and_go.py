@@ -16,7 +16,7 @@ from ddpo_min import files, run
 from ddpo_min.cli import make_settings
 from ddpo_min.files import TEMPORARY, InputError
 from ddpo_min.folder import LOCK, Folder
-from test_folder import EPOCHS, assert_same, go, plain_curve, refused  # noqa: F401
+from test_folder import EPOCHS, assert_same, go, refused
 from test_train import metrics
 
 HOLD = "import sys\nsys.path.insert(0, {root!r})\nfrom ddpo_min.files import Lock\nlock = Lock({path!r})\n" \

@@ -13,6 +13,7 @@ from ddpo_min.files import InputError
 from test_train import arguments, assert_same_run, metrics
 
 FALLS = [0.84, 0.8, 0.7, 0.6, 0.5]       # of the watched reward, after each epoch
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ddpo_min.settings import Settings
 from ddpo_min.weights import load_stable_diffusion
 
 TIMES = ("sampling_images_per_s", "training_images_per_s", "peak_memory_mb")
+pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 def arguments(model_file, out, *more, epochs=4):
