@@ -69,7 +69,7 @@ def test_the_pages_gradient_is_the_updates(tiny_file, monkeypatch):
 
 def test_the_page_runs_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, value in dict(PROMPTS=["a cat", "a dog"], SAMPLES=20, MINIBATCH=10, EPOCHS=1).items():
+    for name, value in dict(PROMPTS=["a cat", "a dog"], SAMPLES=10, MINIBATCH=5, EPOCHS=1).items():
         monkeypatch.setattr(one_page, name, value)
     one_page.main()
     said = capsys.readouterr().out.splitlines()
