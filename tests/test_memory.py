@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from conftest import cut, plain_descent, random_lora_policy, tiny_networks
+from conftest import cut, plain_descent, random_lora_policy
 from ddpo_min import memory
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
@@ -18,22 +18,11 @@ from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.rwr import rwr_update
-from ddpo_min.unet import UNet, UNetConfig
-from ddpo_min.weights import load_stable_diffusion, save_single_file
+from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, assert_same_run
 
 DDPO = dict(clip_range=0.01, emphasis=[1.0] * 3)
 pytestmark = pytest.mark.usefixtures("plain_curve")
-
-
-@pytest.fixture(scope="module")
-def one_level(tmp_path_factory):
-    """A model whose UNet has one level: for what is compiled, which takes as long as the network has operations."""
-    _, vae, text = tiny_networks()
-    unet = UNet(UNetConfig(widths=(16,), attention=(True,), layers=1, context_width=16, heads=2, groups=8))
-    path = tmp_path_factory.mktemp("weights") / "one_level.safetensors"
-    save_single_file(path, unet, vae, text, dtype=torch.float32, image_size=16)
-    return path
 
 
 def gradient(policy, parameters):
