@@ -203,11 +203,11 @@ def test_memory_running_out_is_one_line_and_status_2(capsys):
 def direction(file, dtype, size, scaled):
     """The change of a LoRA by an update whose advantages, so gradients, are `size` times smaller; times 1 / size."""
     policy, parameters = random_lora_policy(file, 2.0, 3, getattr(torch, dtype))
-    path = sample_trajectories(policy, ["a fox"] * 8, range(8), cut(8, 4))
+    path = sample_trajectories(policy, ["a fox"] * 4, range(4), cut(4, 2))
     optimizer = plain_descent(parameters, lr=1 / size, scale_loss=scaled)
     before = [p.detach().clone() for p in parameters]
-    metrics = ddpo_update(policy, optimizer, path, size * torch.linspace(-1, 1, 8), np.random.default_rng(0),
-                          plan=Plan(8, 1, 4, range(3)), **DDPO)
+    metrics = ddpo_update(policy, optimizer, path, size * torch.linspace(-1, 1, 4), np.random.default_rng(0),
+                          plan=Plan(4, 1, 2, range(3)), **DDPO)
     assert metrics["max_ratio_error"] == 0
     return torch.cat([(old - p.detach()).flatten() for old, p in zip(before, parameters)])
 
