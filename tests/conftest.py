@@ -63,7 +63,7 @@ def one_level(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_curve():
-    """curve.png is a line of text, for runs of which it is not looked at: matplotlib takes longer than an epoch.
+    """curve.png is a line of text, for runs of which it is not looked at: to draw it takes half as long as an epoch.
 
     Gives the function in whose place this is. test_algorithms.py, test_own_rewards.py, test_siblings.py and
     test_sums.py draw the real one.

@@ -77,7 +77,7 @@ def test_a_patched_program_trains_and_its_test_finds_the_bug(number, test, tiny_
         import train
         from ddpo_min import figures
         from ddpo_min.cli import make_settings
-        figures.save_curve = lambda path, history, title: None      # longer than the epoch; no patch changes it
+        figures.save_curve = lambda path, history, title: None      # it takes time, and no patch changes it
         assert Path(train.__file__).parent == tmp_path
         run = train.train(make_settings(
             weights=str(tiny_file), preset="laptop", samples=8, updates=2, steps=3, epochs=1, kl_weight=0.1,
