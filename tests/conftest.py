@@ -49,9 +49,21 @@ def tiny_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def one_level(tmp_path_factory):
+    """The same with a UNet of one level, which has half of the operations: where the network is not what is tested."""
+    from ddpo_min.unet import UNet, UNetConfig
+    from ddpo_min.weights import save_single_file
+    _, vae, text = tiny_networks()
+    unet = UNet(UNetConfig(widths=(16,), attention=(True,), layers=1, context_width=16, heads=2, groups=8))
+    path = tmp_path_factory.mktemp("weights") / "one_level.safetensors"
+    save_single_file(path, unet, vae, text, dtype=torch.float32, image_size=16)
+    return path
+
+
 @pytest.fixture(scope="module")
 def plain_curve():
-    """curve.png is a line of text, for runs of which it is not looked at: matplotlib takes longer than an epoch.
+    """curve.png is a line of text, for runs of which it is not looked at: to draw it takes half as long as an epoch.
 
     Gives the function in whose place this is. test_algorithms.py, test_own_rewards.py, test_siblings.py and
     test_sums.py draw the real one.

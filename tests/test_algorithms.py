@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import train
@@ -192,16 +193,14 @@ def test_a_window_of_steps_is_all_that_is_trained_on(tiny_file):
 # Whole runs
 
 @pytest.mark.parametrize("algorithm", ["ddpo_sf", "rwr", "rwr_sparse"])
-def test_every_algorithm_runs_resumes_exactly_and_draws_its_pictures(algorithm, tiny_file, tmp_path):
+def test_every_algorithm_draws_its_pictures_and_its_curve(algorithm, tiny_file, tmp_path):
+    """That every one resumes exactly is in test_loop.py."""
     more = ["--algorithm", algorithm, "--percentile", "0.5", "--normalise", "epoch"]
     more += ["--updates", "1"] if algorithm == "ddpo_sf" else []
-    train.main(arguments(tiny_file, tmp_path / "whole", *more, epochs=2))
-    train.main(arguments(tiny_file, tmp_path / "halves", *more, epochs=1))
-    train.main(["--resume", str(tmp_path / "halves"), "--epochs", "2"])
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
-    for name in ("lora.safetensors", "before_after.png"):
-        assert (tmp_path / "whole" / name).read_bytes()[-2000:] == (tmp_path / "halves" / name).read_bytes()[-2000:]
-    assert (tmp_path / "whole" / "curve.png").exists()
+    train.main(arguments(tiny_file, tmp_path / "run", *more, epochs=2))
+    assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "lora.safetensors").exists()
+    for name in ("samples.png", "before_after.png", "curve.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / "run" / name)))) > 20
 
 
 def test_full_training_moves_the_whole_unet_and_leaves_a_file_that_loads(tiny_file, tmp_path):

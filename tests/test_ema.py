@@ -20,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
 @pytest.fixture(scope="module")
+def tiny_file(one_level):
+    """The run is tested here, not the networks."""
+    return one_level
+
+
+@pytest.fixture(scope="module")
 def runs(tiny_file, tmp_path_factory):
     """(folder of a run with an average, of the same run without, {name: its values before and after each step})."""
     folder, values, made = tmp_path_factory.mktemp("runs"), {}, learner.Learner.__init__

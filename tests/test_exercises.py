@@ -77,7 +77,7 @@ def test_a_patched_program_trains_and_its_test_finds_the_bug(number, test, tiny_
         import train
         from ddpo_min import figures
         from ddpo_min.cli import make_settings
-        figures.save_curve = lambda path, history, title: None      # longer than the epoch; no patch changes it
+        figures.save_curve = lambda path, history, title: None      # it takes time, and no patch changes it
         assert Path(train.__file__).parent == tmp_path
         run = train.train(make_settings(
             weights=str(tiny_file), preset="laptop", samples=8, updates=2, steps=3, epochs=1, kl_weight=0.1,
@@ -86,8 +86,8 @@ def test_a_patched_program_trains_and_its_test_finds_the_bug(number, test, tiny_
                                              for name in ("reward_mean", "loss", "grad_norm", "max_ratio_error"))
         assert all(0 < line["grad_norm"] < 10 and abs(line["loss"]) < 5 for line in run.history)
         failures = Failures()
-        pytest.main(["-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'pytest'}", str(tmp_path / test)],
-                    [failures])
+        pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", f"--basetemp={tmp_path / 'pytest'}",
+                     str(tmp_path / test)], [failures])         # plain: nobody reads what it says
     assert failures.found and all(when == "call" and message.startswith(("assert", "AssertionError"))
                                   for when, message in failures.found)
 

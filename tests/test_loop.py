@@ -21,6 +21,12 @@ from test_train import TIMES, arguments, assert_same_run, metrics
 pytestmark = pytest.mark.usefixtures("plain_curve")
 
 
+@pytest.fixture(scope="module")
+def tiny_file(one_level):
+    """The loop is tested here, not the networks."""
+    return one_level
+
+
 def spy(monkeypatch, owner, name, seen):
     """Call owner.name as always, and append (its arguments, what it returned) to `seen`."""
     call = getattr(owner, name)

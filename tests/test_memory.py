@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from conftest import cut, plain_descent, random_lora_policy, tiny_networks
+from conftest import cut, plain_descent, random_lora_policy
 from ddpo_min import memory
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
@@ -18,22 +18,11 @@ from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
 from ddpo_min.rollout import sample_trajectories
 from ddpo_min.rwr import rwr_update
-from ddpo_min.unet import UNet, UNetConfig
-from ddpo_min.weights import load_stable_diffusion, save_single_file
+from ddpo_min.weights import load_stable_diffusion
 from test_train import arguments, assert_same_run
 
 DDPO = dict(clip_range=0.01, emphasis=[1.0] * 3)
 pytestmark = pytest.mark.usefixtures("plain_curve")
-
-
-@pytest.fixture(scope="module")
-def one_level(tmp_path_factory):
-    """A model whose UNet has one level: for what is compiled, which takes as long as the network has operations."""
-    _, vae, text = tiny_networks()
-    unet = UNet(UNetConfig(widths=(16,), attention=(True,), layers=1, context_width=16, heads=2, groups=8))
-    path = tmp_path_factory.mktemp("weights") / "one_level.safetensors"
-    save_single_file(path, unet, vae, text, dtype=torch.float32, image_size=16)
-    return path
 
 
 def gradient(policy, parameters):
@@ -214,11 +203,11 @@ def test_memory_running_out_is_one_line_and_status_2(capsys):
 def direction(file, dtype, size, scaled):
     """The change of a LoRA by an update whose advantages, so gradients, are `size` times smaller; times 1 / size."""
     policy, parameters = random_lora_policy(file, 2.0, 3, getattr(torch, dtype))
-    path = sample_trajectories(policy, ["a fox"] * 8, range(8), cut(8, 4))
+    path = sample_trajectories(policy, ["a fox"] * 4, range(4), cut(4, 2))
     optimizer = plain_descent(parameters, lr=1 / size, scale_loss=scaled)
     before = [p.detach().clone() for p in parameters]
-    metrics = ddpo_update(policy, optimizer, path, size * torch.linspace(-1, 1, 8), np.random.default_rng(0),
-                          plan=Plan(8, 1, 4, range(3)), **DDPO)
+    metrics = ddpo_update(policy, optimizer, path, size * torch.linspace(-1, 1, 4), np.random.default_rng(0),
+                          plan=Plan(4, 1, 2, range(3)), **DDPO)
     assert metrics["max_ratio_error"] == 0
     return torch.cat([(old - p.detach()).flatten() for old, p in zip(before, parameters)])
 
