@@ -99,11 +99,12 @@ def save_curve(path, history, title):
     if evaluated:
         top.plot([h["epoch"] for h in evaluated], [h["eval_reward"] for h in evaluated], marker="s", linestyle="--",
                  label="mean on the held-out evaluation")
-    top.set(ylabel="reward", title=title)
+    top.set(ylabel="reward")
+    top.set_title(title, parse_math=False)      # a file's name may have $ in it
     top.legend(fontsize=8)
     for axes, name in zip(middle, watched):
         axes.plot(epochs, column(name), marker="o", markersize=3)
-        axes.set(ylabel=name.removeprefix("score_"))
+        axes.set_ylabel(name.removeprefix("score_"), parse_math=False)
     if "clip_fraction" in history[0]:
         bottom.plot(epochs, column("clip_fraction"))
         bottom.set(xlabel="epoch", ylabel="clip fraction", ylim=(0, 1))

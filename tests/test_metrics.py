@@ -59,3 +59,29 @@ def test_rates_are_samples_by_the_seconds_of_their_phase(monkeypatch):
     assert bar.bar.n == 48 and bar.bar.desc == "epoch 2/3 training: "
     assert next(epochs) == 2 and list(epochs) == []
     bar.close()
+
+
+def test_the_curve_shows_what_was_logged(tmp_path, monkeypatch):
+    """Reward and deviation, evaluations where there were some, each score, and how far the policy moved."""
+    from matplotlib.figure import Figure
+
+    from ddpo_min import figures
+    seen, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), write(self, *a, **k))[1])
+    history = [dict(epoch=n, reward_mean=n * n, reward_std=0.5 * n, clip_fraction=0.1 * n, score_clip=3 - n)
+               for n in (1, 2, 3)]
+    history[1].update(eval_reward=7.0)
+    history[2].update({"score_a$x$b.py:red": 5.0})
+    figures.save_curve(tmp_path / "curve.png", history, "a$\\x$.py:f: reward over training")
+    top, red, clip, bottom = seen[0].axes
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in (top, clip, bottom)]
+    assert lines == [[[[1, 1], [2, 4], [3, 9]], [[2, 7]]], [[[1, 2], [2, 1], [3, 0]]],
+                     [[[1, 0.1], [2, 0.2], [3, pytest.approx(0.3)]]]]
+    spread, = top.collections
+    assert {(1, 0.5), (1, 1.5), (3, 7.5), (3, 10.5)} <= {tuple(point) for point in spread.get_paths()[0].vertices}
+    assert red.get_ylabel() == "a$x$b.py:red" and red.lines[0].get_ydata()[-1] == 5
+    assert top.get_title() == "a$\\x$.py:f: reward over training"
+    assert (clip.get_ylabel(), bottom.get_ylabel()) == ("clip", "clip fraction")
+    figures.save_curve(tmp_path / "curve.png", [dict(epoch=1, reward_mean=1, reward_std=1, effective_samples=9)], "")
+    assert seen[1].axes[-1].lines[0].get_ydata().tolist() == [9]
