@@ -16,6 +16,7 @@ import figures
 import gradient_noise
 import guided_sampler
 import judges
+import one_pass
 import results
 import run
 import scaling
@@ -26,6 +27,7 @@ from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
 from ddpo_min.forward_process import forward_process_update
 from ddpo_min.plan import Plan
+from ddpo_min.rollout import sample_trajectories
 from ddpo_min.weights import load_stable_diffusion
 
 ALL = [(name, own) for name, experiment in run.EXPERIMENTS.items() for own in experiment.runs]
@@ -238,6 +240,29 @@ def test_the_gradient_of_groups_is_the_updates(tiny_file, monkeypatch):
         ours = found[loss, "ours"].mean(0) / 3
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()
         assert (found[loss, "even"].mean(0) / 3 - theirs).norm() > 0.1 * theirs.norm()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_reinforce_in_one_pass_is_ddpo_sfs_update(tiny_file, guidance):
+    policy, parameters = random_lora_policy(tiny_file, guidance, 3, torch.float64)
+    prompts, seeds, emphasis = ["a fox", "a cat", "a fox", "a dog", "a cat"], [3, 5, 8, 13, 21], [0.5, 2.0, 0.7]
+    A, plan = np.array([1.0, -2.0, 0.5, 3.0, -0.1]), Plan(5, 1, 2, range(3))
+    latents, own = one_pass.sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
+    trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout())
+    assert (latents - trajectories.latents[:, -1]).abs().max() < 1e-12
+    start, changes = [p.detach().clone() for p in parameters], []
+    for one in (True, False):
+        optimizer = plain_descent(parameters)
+        if one:
+            one_pass.one_pass_update(optimizer, own, A)
+        else:
+            ddpo_update(policy, optimizer, trajectories, A, np.random.default_rng(0), plan=plan, clip_range=None,
+                        emphasis=emphasis)
+        changes.append(torch.cat([(p.detach() - s).flatten() for p, s in zip(parameters, start)]))
+        for p, s in zip(parameters, start):
+            p.data.copy_(s)
+    assert (changes[0] - changes[1]).norm() < 1e-6 * changes[1].norm()
+    assert changes[1].norm() > 0
 
 
 def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):
