@@ -252,19 +252,21 @@ def guided_sampler(rows):
 
 
 def scaling(rows):
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-    for axes, name, label in zip(panels, ("samples", "steps"), ("samples an epoch", "denoising steps T")):
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4))
+    for axes, name, label, power in ((panels[0], "samples", "samples an epoch", 1),
+                                     (panels[1], "steps", "denoising steps T", 1),
+                                     (panels[2], "size", "pixels of a picture", 2)):
         own = [row for row in rows if row["run"] == name]
-        x, seconds = np.array([(row[name], row["seconds"]) for row in own]).T
+        x, seconds = np.array([(row[name] ** power, row["seconds"]) for row in own]).T
         each, start = np.polyfit(x, seconds, 1)
         axes.plot(x, seconds, "o", color=COLORS[0], label="measured")
         axes.plot([0, x[-1]], [start, start + each * x[-1]], color=COLORS[1],
-                  label=f"{start:.2f} s + {1000 * each:.0f} ms for each")
+                  label=f"{start:.2f} s + {1000 * each:.3g} ms for each")
         axes.set(xlabel=label, ylabel="seconds an epoch", xlim=0, ylim=0)
         legend(axes)
     save(figure, "scaling")
     for row in rows:
-        yield line(*(f"{row[name]:.0f}" for name in ("samples", "steps", "processes")),
+        yield line(*(f"{row[name]:.0f}" for name in ("samples", "steps", "size", "processes")),
                    *(f"{row[f'{phase}seconds']:.2f}" for phase in ("sampling_", "training_", "")),
                    f"{row['memory_mb']:.0f}")
 

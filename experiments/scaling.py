@@ -1,6 +1,6 @@
-"""What an epoch costs, in seconds and memory: against samples, denoising steps and processes.
+"""What an epoch costs, in seconds and memory: against samples, denoising steps, the pictures' size and processes.
 
-    python experiments/scaling.py       six minutes on 2 CPU cores with nothing else to do; writes scaling.csv
+    python experiments/scaling.py       eight minutes on 2 CPU cores with nothing else to do; writes scaling.csv
 
 Each row is a run of train.py of two epochs, of which the second counts. A run of N processes has 2 / N threads in each,
 so that all of them use two cores.
@@ -19,16 +19,16 @@ sys.path.insert(0, str(ROOT))
 from ddpo_min.files import run_script
 
 CORES = 2
-START = dict(samples=128, steps=8, processes=1)
-VALUES = dict(samples=(64, 128, 256, 512), steps=(4, 8, 16, 32), processes=(1, 2))
+START = dict(samples=128, steps=8, size=64, processes=1)
+VALUES = dict(samples=(64, 128, 256, 512), steps=(4, 8, 16, 32), size=(32, 64, 96, 128), processes=(1, 2))
 
 
-def train(folder, samples, steps, processes):
+def train(folder, samples, steps, size, processes):
     """Two epochs; returns the log's line of the second."""
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command = [*(start if processes > 1 else [sys.executable]), "train.py", "--reward", "jpeg", "--epochs", "2",
-               "--samples", str(samples), "--updates", str(samples // 64), "--steps", str(steps), "--eval-samples", "2",
-               "--show-every", "9", "--out", str(folder)]
+               "--samples", str(samples), "--updates", str(samples // 64), "--steps", str(steps), "--size", str(size),
+               "--eval-samples", "2", "--show-every", "9", "--out", str(folder)]
     threads = dict(os.environ, OMP_NUM_THREADS=str(CORES // processes))
     subprocess.run(command, cwd=ROOT, env=threads, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])

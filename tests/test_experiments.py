@@ -16,6 +16,7 @@ import figures
 import gradient_noise
 import guided_sampler
 import judges
+import one_pass
 import results
 import run
 import scaling
@@ -26,6 +27,7 @@ from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
 from ddpo_min.forward_process import forward_process_update
 from ddpo_min.plan import Plan
+from ddpo_min.rollout import sample_trajectories
 from ddpo_min.weights import load_stable_diffusion
 
 ALL = [(name, own) for name, experiment in run.EXPERIMENTS.items() for own in experiment.runs]
@@ -127,11 +129,11 @@ def fake_rows(name):
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
                      held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)]
-    if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step
-        return [dict(run=own, samples=128, steps=8, processes=1, **cost) | {own: value}
+    if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step, or 100 us a pixel
+        return [dict(run=own, samples=128, steps=8, size=64, processes=1, **cost) | {own: value}
                 for own, values in scaling.VALUES.items() for value in values for cost in [dict(
                     sampling_seconds=1, training_seconds=2, memory_mb=900,
-                    seconds=2 + value * dict(samples=0.03, steps=0.6, processes=0)[own])]]
+                    seconds=2 + value * dict(samples=0.03, steps=0.6, size=1e-4 * value, processes=0)[own])]]
     for own in run.EXPERIMENTS[name].runs:
         for seed in run.SEEDS:
             for epoch in range(4):
@@ -165,30 +167,31 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
                                         "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| after a step: IS | 0.600 ± 0.058 |"]
-    assert tables["scaling"][3] == "| 512 | 8 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
+    assert tables["scaling"][3] == "| 512 | 8 | 64 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
                                             "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
 
 
 def test_the_cost_of_an_epoch_is_that_of_the_second_of_a_run(elsewhere, monkeypatch):
     def pretend(command, cwd, env, **quiet):
-        given = {name: int(command[command.index(f"--{name}") + 1]) for name in ("samples", "updates", "steps")}
+        given = {name: int(command[command.index(f"--{name}") + 1]) for name in ("samples", "updates", "steps", "size")}
         processes = int(command[command.index("--nproc_per_node") + 1]) if "torch.distributed.run" in command else 1
         assert given["samples"] == 64 * given["updates"] and env["OMP_NUM_THREADS"] == str(2 // processes)
         monkeypatch.chdir(ROOT)
         cli.check_settings(cli.read_settings(command[command.index("train.py") + 1:]))
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir()
-        line = dict(sampling_images_per_s=64, training_images_per_s=32 * given["steps"], peak_memory_mb=500 + processes)
+        line = dict(sampling_images_per_s=64, training_images_per_s=given["steps"] * given["size"] / 2, peak_memory_mb=500 + processes)
         folder.joinpath("metrics.jsonl").write_text(json.dumps(dict(line, peak_memory_mb=1)) + "\n" + json.dumps(line))
 
     monkeypatch.setattr(subprocess, "run", pretend)
     scaling.main()
     rows = results.read_rows("scaling")
-    assert len(rows) == 10
-    assert rows[3] == dict(run="samples", samples=512, steps=8, processes=1, sampling_seconds=8, training_seconds=2,
-                           seconds=10, memory_mb=501)
+    assert len(rows) == 14
+    assert rows[3] == dict(run="samples", samples=512, steps=8, size=64, processes=1, sampling_seconds=8,
+                           training_seconds=2, seconds=10, memory_mb=501)
     assert rows[4]["training_seconds"] == 1 and rows[-1]["memory_mb"] == 502
+    assert rows[8]["training_seconds"] == 1 and rows[8]["size"] == 32
 
 
 def test_the_tables_of_the_page_are_those_of_the_numbers(monkeypatch, tmp_path):
@@ -238,6 +241,29 @@ def test_the_gradient_of_groups_is_the_updates(tiny_file, monkeypatch):
         ours = found[loss, "ours"].mean(0) / 3
         assert (ours - theirs).norm() < 1e-3 * theirs.norm()
         assert (found[loss, "even"].mean(0) / 3 - theirs).norm() > 0.1 * theirs.norm()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_reinforce_in_one_pass_is_ddpo_sfs_update(tiny_file, guidance):
+    policy, parameters = random_lora_policy(tiny_file, guidance, 3, torch.float64)
+    prompts, seeds, emphasis = ["a fox", "a cat", "a fox", "a dog", "a cat"], [3, 5, 8, 13, 21], [0.5, 2.0, 0.7]
+    A, plan = np.array([1.0, -2.0, 0.5, 3.0, -0.1]), Plan(5, 1, 2, range(3))
+    latents, own = one_pass.sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
+    trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout())
+    assert (latents - trajectories.latents[:, -1]).abs().max() < 1e-12
+    start, changes = [p.detach().clone() for p in parameters], []
+    for one in (True, False):
+        optimizer = plain_descent(parameters)
+        if one:
+            one_pass.one_pass_update(optimizer, own, A)
+        else:
+            ddpo_update(policy, optimizer, trajectories, A, np.random.default_rng(0), plan=plan, clip_range=None,
+                        emphasis=emphasis)
+        changes.append(torch.cat([(p.detach() - s).flatten() for p, s in zip(parameters, start)]))
+        for p, s in zip(parameters, start):
+            p.data.copy_(s)
+    assert (changes[0] - changes[1]).norm() < 1e-6 * changes[1].norm()
+    assert changes[1].norm() > 0
 
 
 def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):
