@@ -1,6 +1,6 @@
 """REINFORCE without a second look at the samples: their gradients are gathered while they are drawn.
 
-    python experiments/one_pass.py      two minutes on 2 CPU cores; prints both ways' seconds, side by side
+    python experiments/one_pass.py      three minutes on 2 CPU cores; prints both ways' seconds, side by side
 
 DDPO_SF's update is on-policy, so d log p of a step can be had when the step is taken. What its sample's advantage will
 be is not known then. So each sample keeps its own gradient, and the advantages come in at the end:
@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from ddpo_min.ddim import ddim_step, ddim_steps
 from ddpo_min.ddpo import ddpo_update, even_emphasis
+from ddpo_min.files import run_script
 from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
 from ddpo_min.prompts import draw_prompts, find_prompts
@@ -111,4 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, __doc__)

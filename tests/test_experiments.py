@@ -181,7 +181,8 @@ def test_the_cost_of_an_epoch_is_that_of_the_second_of_a_run(elsewhere, monkeypa
         cli.check_settings(cli.read_settings(command[command.index("train.py") + 1:]))
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir()
-        line = dict(sampling_images_per_s=64, training_images_per_s=given["steps"] * given["size"] / 2, peak_memory_mb=500 + processes)
+        line = dict(sampling_images_per_s=64, training_images_per_s=given["steps"] * given["size"] / 2,
+                    peak_memory_mb=500 + processes)
         folder.joinpath("metrics.jsonl").write_text(json.dumps(dict(line, peak_memory_mb=1)) + "\n" + json.dumps(line))
 
     monkeypatch.setattr(subprocess, "run", pretend)
