@@ -261,8 +261,9 @@ def scaling(rows):
         each, start = np.polyfit(x, seconds, 1)
         axes.plot(x, seconds, "o", color=COLORS[0], label="measured")
         axes.plot([0, x[-1]], [start, start + each * x[-1]], color=COLORS[1],
-                  label=f"{start:.2f} s + {1000 * each:.3g} ms for each")
+                  label=f"{start:.2f} s + {each:.3g} s for each")
         axes.set(xlabel=label, ylabel="seconds an epoch", xlim=0, ylim=0)
+        axes.locator_params(axis="x", nbins=5)
         legend(axes)
     save(figure, "scaling")
     for row in rows:

@@ -72,7 +72,7 @@ EXPERIMENTS = dict(
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=45, guided_sampler=15, scaling=6)      # programs of their own, and their minutes
+SCRIPTS = dict(gradient_noise=45, guided_sampler=15, scaling=9)      # programs of their own, and their minutes
 
 
 def command_of(experiment, run, seed):

@@ -1,6 +1,6 @@
 """What an epoch costs, in seconds and memory: against samples, denoising steps, the pictures' size and processes.
 
-    python experiments/scaling.py       eight minutes on 2 CPU cores with nothing else to do; writes scaling.csv
+    python experiments/scaling.py       nine minutes on 2 CPU cores with nothing else to do; writes scaling.csv
 
 Each row is a run of train.py of two epochs, of which the second counts. A run of N processes has 2 / N threads in each,
 so that all of them use two cores.
