@@ -40,7 +40,7 @@ def test_a_sum_is_parsed_and_each_part_can_be_named_or_be_a_users_own(tmp_path):
     ("beauty", "beauty"), ("jpeg=much", "much"), ("jpeg=nan", "nan"), ("jpeg=0", "0"), ("none.py:red", "none.py"),
     ("no_such_module:f", "no_such_module"), ("statistics:nothing", "nothing"),
     ("{mine}:not_a_function", "not_a_function"),
-    ("{mine}:blue", "blue"), ("{broken}:red", "SyntaxError"), ("", "unknown"), ("jpeg=1,jpeg=2", "twice")])
+    ("{mine}:blue", "blue"), ("{broken}:red", "SyntaxError"), ("", "without a name"), ("jpeg=1,jpeg=2", "twice")])
 def test_a_reward_that_is_not_there_is_one_line(spec, named, tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("def red(:")
