@@ -30,6 +30,7 @@ from ddpo_min.policy import Policy
 from ddpo_min.prompts import draw_prompts, find_prompts
 from ddpo_min.rollout import sample_noise, sample_trajectories
 from ddpo_min.settings import Settings
+from ddpo_min.vae import decode_images
 
 SAMPLES, MICRO_BATCH, REPEATS = 256, 64, 3
 
@@ -38,7 +39,7 @@ SAMPLES, MICRO_BATCH, REPEATS = 256, 64, 3
 def own_copies(layers, count):
     """LoRA layers {name: layer} use a copy of their weights for each of `count` samples: yields the copies, A, B, ...
 
-    y_n = W x_n + b + scale B_n A_n x_n, with equal A_n (rank, in) and B_n (out, rank), but other gradients
+    y_n = W x_n + b + scale B_n A_n x_n; A_n (rank, in) and B_n (out, rank) are equal for all n, their gradients are not
     """
     copies = []
     try:
@@ -60,8 +61,11 @@ def apply(x, A, B, own, scale):
 
 
 def sample_with_gradients(policy, prompts, seeds, micro_batches, emphasis):
-    """Draw a finished latent for each prompt, and its own gradient: ((N, 4, h, w), [(N, *shape) of each parameter])."""
-    model, T, latents, gradients = policy.model, len(policy.steps), [], []
+    """Draw a picture for each prompt, and have its own gradient.
+
+    Returns (finished latents (N, 4, h, w), pictures uint8 (N, H, W, 3), [(N, *shape) of each parameter]).
+    """
+    model, T, latents, images, gradients = policy.model, len(policy.steps), [], [], []
     contexts = model.encode_prompts(prompts)
     for samples in micro_batches:
         noise = sample_noise(seeds[samples], T, (4, *model.shape)).to(contexts.dtype)
@@ -74,8 +78,9 @@ def sample_with_gradients(policy, prompts, seeds, micro_batches, emphasis):
                 (emphasis[i] / T * log_p.sum()).backward()
                 x_t = x_prev
         latents.append(x_t)
+        images.append(decode_images(model.vae, x_t))
         gradients.append([copy.grad for copy in copies])
-    return torch.cat(latents), [torch.cat(parts) for parts in zip(*gradients)]
+    return torch.cat(latents), np.concatenate(images), [torch.cat(parts) for parts in zip(*gradients)]
 
 
 def one_pass_update(optimizer, gradients, advantages):
@@ -102,7 +107,7 @@ def main():
                 ddpo_update(policy, learner.optimizer, trajectories, advantages, rng, plan=plan, clip_range=None,
                             emphasis=emphasis)
             else:
-                _, gradients = sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
+                _, _, gradients = sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
                 one_pass_update(learner.optimizer, gradients, advantages)
             seconds[way].append(time.perf_counter() - began)
     two, one = (np.array(seconds[way]) for way in ("two", "one"))

@@ -249,7 +249,9 @@ def test_reinforce_in_one_pass_is_ddpo_sfs_update(tiny_file, guidance):
     policy, parameters = random_lora_policy(tiny_file, guidance, 3, torch.float64)
     prompts, seeds, emphasis = ["a fox", "a cat", "a fox", "a dog", "a cat"], [3, 5, 8, 13, 21], [0.5, 2.0, 0.7]
     A, plan = np.array([1.0, -2.0, 0.5, 3.0, -0.1]), Plan(5, 1, 2, range(3))
-    latents, own = one_pass.sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
+    latents, images, own = one_pass.sample_with_gradients(policy, prompts, seeds, plan.rollout(), emphasis)
+    trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout(), keep="images")
+    assert np.array_equal(images, trajectories.images)
     trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout())
     assert (latents - trajectories.latents[:, -1]).abs().max() < 1e-12
     start, changes = [p.detach().clone() for p in parameters], []
