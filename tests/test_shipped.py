@@ -101,7 +101,6 @@ def test_the_shipped_parts_do_their_work():
     assert (named == animals).mean() >= 0.97
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("wrong, message", [
     ("--num 1", "--num 1: expected 2 to 10000"), ("--num 0", "--num 0: expected 2 to 10000"),
     ("--steps 501", "--steps 501: expected 1 to 500"), ("--lora nowhere", "--lora nowhere: no such file")])
@@ -110,6 +109,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(wrong, mess
         evaluate.main(wrong.split())
 
 
+@torch.no_grad()
 def test_the_shipped_head_knows_the_rule_of_its_rater():
     images = world.render_many(evaluate.HELD_OUT_WORLD, 140, activities=False).image
     scores = clip_rewards.aesthetic("cpu", small=True)(images, ["a cat"] * len(images))

@@ -71,12 +71,10 @@ def test_texts_are_embedded_token_by_token_without_marks(tiny_file):
     assert torch.equal(rows, model.text_encoder.text_model.embeddings.token_embedding.weight[expected])
 
 
-# A small server, and what is asked of it
-
 def test_the_pages_table_is_what_the_shipped_model_says():
     text = load_stable_diffusion().text_encoder
-    table = (ROOT / "docs" / "rewards.md").read_text().partition("| answer |")[2].partition("\n\n")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    lines = (ROOT / "docs" / "rewards.md").read_text().partition("| answer |")[2].partition("\n\n")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
 
     def behind_the_layers(texts):
         ids = tokenize(texts)
@@ -92,6 +90,8 @@ def test_the_pages_table_is_what_the_shipped_model_says():
     assert len(rows) == 6 and [row[1:] for row in rows] == [list(row) for row in zip(
         says(behind_the_layers, False, False), says(table, False, True), says(table, True, True))]
 
+
+# A small server, and what is asked of it
 
 def said(content):
     """The JSON of a chat completion."""
