@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo_min import figures
-from ddpo_min.cli import OneLineParser
+from ddpo_min.cli import OneLineParser, check_ranges
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.device import half_dtype, pick_device
 from ddpo_min.files import InputError, make_folder, run_main
@@ -87,10 +87,7 @@ def parse(arguments):
         raise InputError("--negative-prompt: has no effect with --guidance 1; expected another guidance, such as 5")
     args.num = args.num if args.num is not None else (8 if args.prompt else 1)
     args.seed = random.randrange(HELD_OUT) if args.seed == -1 else args.seed     # one that is never trained on
-    for name, lowest, highest in RANGES:
-        value = getattr(args, name)
-        if value is not None and not lowest <= value <= highest:
-            raise InputError(f"--{name} {value}: expected {lowest} to {highest}")
+    check_ranges(args, RANGES)
     for name in ("guidance", "scale"):
         if getattr(args, name) is not None and not np.isfinite(getattr(args, name)):
             raise InputError(f"--{name} {getattr(args, name)}: expected a number")

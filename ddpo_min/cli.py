@@ -87,6 +87,14 @@ class OneLineParser(argparse.ArgumentParser):
                            + " or ".join(action.option_strings))
 
 
+def check_ranges(args, ranges):
+    """Raises InputError for a number of a parsed command line that is out of its range: (name, lowest, highest)."""
+    for name, lowest, highest in ranges:
+        value = getattr(args, name)
+        if value is not None and not lowest <= value <= highest:
+            raise InputError(f"--{name} {value}: expected {lowest} to {highest}")
+
+
 def nearest(name, names):
     """"; the nearest is NAME", the one of these names that is most like a wrong one; "" if none is. Dashes aside."""
     plain = {other.lstrip("-"): other for other in names}

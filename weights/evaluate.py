@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import world  # noqa: E402
 from classifiers import Classifier, PatchClassifier, to_float  # noqa: E402
 from ddpo_min import figures, load_stable_diffusion  # noqa: E402
+from ddpo_min.cli import check_ranges  # noqa: E402
 from ddpo_min.clip_rewards import SMALL, ClipScorer  # noqa: E402
 from ddpo_min.ddim import ddim_steps  # noqa: E402
 from ddpo_min.files import InputError, run_main  # noqa: E402
@@ -120,10 +121,7 @@ def main(arguments=None):
     parser.add_argument("--guidance", type=float, help="instead of train.py's and sample.py's")
     parser.add_argument("--sheet", default="", help="write one sample of every animal here (the first seed of each)")
     args = parser.parse_args(arguments)
-    for name, least, most in (("num", 2, 10_000), ("steps", 1, 500)):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            raise InputError(f"--{name} {value}: expected {least} to {most}")
+    check_ranges(args, (("num", 2, 10_000), ("steps", 1, 500)))
     if args.lora and not Path(args.lora).is_file():
         raise InputError(f"--lora {args.lora}: no such file")
     num = args.num or (4 if args.lora else 40)
