@@ -253,9 +253,8 @@ def guided_sampler(rows):
 
 def scaling(rows):
     figure, panels = plt.subplots(1, 3, figsize=(14, 4))
-    for axes, name, label, power in ((panels[0], "samples", "samples an epoch", 1),
-                                     (panels[1], "steps", "denoising steps T", 1),
-                                     (panels[2], "size", "pixels of a picture", 2)):
+    for axes, (name, label, power) in zip(panels, (
+            ("samples", "samples an epoch", 1), ("steps", "denoising steps T", 1), ("size", "pixels of a picture", 2))):
         own = [row for row in rows if row["run"] == name]
         x, seconds = np.array([(row[name] ** power, row["seconds"]) for row in own]).T
         each, start = np.polyfit(x, seconds, 1)

@@ -4,7 +4,8 @@
 
 Each way starts from the finished UNet and trains it for STEPS steps of 64 pictures, or the same number of pictures in
 larger batches. Those that change the network start from nothing, so they are compared with one another. Every result is
-kept in weights/work/tried.json, and what is there is not done again. 450 pictures are drawn as train.py draws them.
+kept in tried.json, beside what pretrain.py keeps, and what is there is not done again. 450 pictures are drawn as
+train.py draws them.
 """
 import json
 from dataclasses import replace
