@@ -124,6 +124,16 @@ def stop(number, frame):
     raise Stopped(number)
 
 
+def ask_again(unraisable, otherwise=sys.unraisablehook):
+    """What sys.unraisablehook is set to: a stop that was heard in a __del__, where it cannot be raised, comes again."""
+    if isinstance(unraisable.exc_value, Stopped):
+        timer = threading.Timer(0.05, os.kill, [os.getpid(), unraisable.exc_value.number])
+        timer.daemon = True
+        timer.start()
+    else:
+        otherwise(unraisable)
+
+
 @contextmanager
 def uninterrupted():
     """Ctrl-C, or another signal that would stop a command of run_main(), takes effect only when the block is over."""
@@ -176,6 +186,7 @@ def run_main(main):
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:       # as nohup has it for SIGHUP
             signal.signal(number, stop)
+    sys.unraisablehook = ask_again
     if hasattr(sys.stdout, "reconfigure"):      # neither a closed one nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")       # names that the terminal cannot show
     try:

@@ -562,6 +562,10 @@ def command(code, *, shell="{}", **environment):
     ("os.kill(os.getpid(), signal.SIGHUP)", "{}", 129, "", "stopped\n"),
     ("os.kill(os.getpid(), signal.SIGHUP); print('a')", "nohup {} 2>&1", 0, "a\n", ""),
     ("print('a'); os.kill(os.getpid(), signal.SIGINT)", "{}", 130, "a\n", "stopped\n"),
+    ("import time\nclass Dying:\n def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\nDying()\ntime.sleep(99)",
+     "{}", 143, "", "stopped\n"),
+    ("class Dying:\n def __del__(self): 1 / 0\nDying()", "{} 2>&1 | tail -1", 0,
+     "ZeroDivisionError: division by zero\n", ""),
     ("import threading, time\nthreading.Thread(target=time.sleep, args=[999]).start()\n"
      "os.kill(os.getpid(), signal.SIGINT)", "{}", 130, "", "stopped\n"),
     ("open('x' * 300)", "{}", 2, "", f"error: {'x' * 300}: File name too long; expected a file or folder that can be "
