@@ -36,6 +36,7 @@ from diffusers_side import diffusers_policy
 from test_interchange import assert_same_file, header
 from test_train import arguments, metrics
 from test_weights import read_layout
+from xl_shaped import xl_shaped
 
 # Small, with a different number wherever XL has the same one twice
 UNET = UNetConfig(widths=(16, 32, 48), attention=(0, 1, 2), middle=2, context_width=40, groups=8, head_width=8,
@@ -760,3 +761,19 @@ def test_the_preset_of_xl_is_the_public_run_it_names():
     assert (s.beta1, s.beta2, s.weight_decay, s.adam_eps, s.grad_clip) == (0.9, 0.999, 1e-4, 1e-8, 1.0)
     assert s.batch == 1 and s.checkpointing and s.dtype == "bfloat16" and s.guidance_in_training
     assert s.clip_range * 4 * 128 * 128 == pytest.approx(1e-4 * 4 * 64 * 64)
+
+
+@torch.no_grad()
+def test_the_shipped_model_in_xls_structure_draws_what_the_shipped_one_draws(tmp_path):
+    """tests/xl_shaped.py, through a file: what the text says counts ten times as much as the difference."""
+    own = load_stable_diffusion(weights.SHIPPED)
+    save_single_file(tmp_path / "xl.safetensors", *xl_shaped(own), dtype=torch.float32, image_size=64)
+    xl = load_stable_diffusion(tmp_path / "xl.safetensors")
+    x_t, prompts = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)), ["a fox", "two cats", "a hen"]
+    for t in torch.tensor([[900] * 3, [300] * 3]):
+        wanted, got = (model.unet(x_t, t, model.text_encoder.encode(prompts)) for model in (own, xl))
+        unread = own.unet(x_t, t, own.text_encoder.encode([""] * 3))
+        assert (got - wanted).norm() < 0.1 * (unread - wanted).norm()
+    torch.testing.assert_close(xl.vae.decode(x_t), own.vae.decode(x_t), rtol=0, atol=1e-4)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(xl.vae.encode(image), own.vae.encode(image), rtol=0, atol=1e-4)
