@@ -11,6 +11,7 @@ from ddpo_min.files import atomic, run_script
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+REWARDS = ("jpeg", "incompressible", "aesthetic", "clip")
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # told apart by all
 
 
@@ -89,9 +90,20 @@ def all_runs(rows, name, height):
     save(figure, name)
 
 
+def defaults(rows):
+    """The README's results, from the algorithms' table: a line a reward; JPEG sizes in kB are positive."""
+    for reward in REWARDS:
+        before, after = (np.abs(values) for values in ends(rows, f"ddpo_is {reward}"))
+        values, unit = ", ".join(f"{value:.3f}" for value in after), " kB" * (reward in REWARDS[:2])
+        yield line(f"`--reward {reward}`", f"{before[0]:.3f} -> {values}{unit}",
+                   f"{plus_minus(100 * (after - before) / before)}%",
+                   f"{still_recognised(rows, f'ddpo_is {reward}').mean():.1f}%",
+                   f"{column(rows, f'ddpo_is {reward}', 'seconds')[:, -1].mean() / 60:.1f}")
+
+
 def algorithms(rows):
     figure, panels = plt.subplots(1, 4, figsize=(15, 4))
-    for axes, reward in zip(panels, ("jpeg", "incompressible", "aesthetic", "clip")):
+    for axes, reward in zip(panels, REWARDS):
         cells = [f"`{reward}`"]
         for color, algorithm in zip(COLORS, ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")):
             run = f"{algorithm} {reward}"
@@ -283,6 +295,8 @@ def tables():
 def main():
     for name, lines in tables().items():
         print(f"\n{name}", *lines, sep="\n")
+    if rows := read_rows("algorithms"):
+        print("\nresults of the README", *defaults(rows), sep="\n")
 
 
 if __name__ == "__main__":

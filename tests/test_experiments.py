@@ -159,6 +159,8 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
     # held out: -4 -> -3.7, -3.4, -3.1 are +7.5, +15, +22.5%: mean 15, standard error 7.5 / sqrt(3); kept: 0.6 of 0.9
     assert tables["settings"][0] == "| default | +15.0 ± 4.3% | 66.7% | 0.8 |"
     assert tables["algorithms"][1] == f"| `incompressible` | {' | '.join(['+15.0 ± 4.3%, 67%'] * 4)} |"
+    first, *_ = figures.defaults(results.read_rows("algorithms"))
+    assert first == "| `--reward jpeg` | 4.000 -> 3.700, 3.400, 3.100 kB | -15.0 ± 4.3% | 66.7% | 0.8 |"
     assert tables["reuse"][0] == "| 1 minibatches | +15.0 ± 4.3% | 66.7% | 0.25 | 3.0e-04 |"
     assert tables["generalisation"][0] == "| jpeg, other animals | +6.7 ± 0.0% | +15.0 ± 4.3% | 66.7% |"
     # 0.86 of 0.9 are recognised at epoch 2, 0.88 at epoch 1: 95% of 0.9 is 0.855
@@ -202,6 +204,9 @@ def test_the_tables_of_the_page_are_those_of_the_numbers(monkeypatch, tmp_path):
         for line in lines:
             assert line in page, f"{name}: {line}"
         assert f"]({name}.png)" in page
+    readme = (ROOT / "README.md").read_text()
+    for line in figures.defaults(results.read_rows("algorithms")):
+        assert line in readme, line
 
 
 def test_the_judge_reads_the_animal_from_the_prompt(monkeypatch):
