@@ -1,6 +1,6 @@
 """Kill many runs at random moments, go on with the same command, and compare each with a run that nothing disturbed.
 
-    python tests/kill_runs.py 200       40 minutes on 2 CPU cores
+    python tests/kill_runs.py 200       12 minutes on 2 CPU cores
 
 A run is of one or two processes, is stopped once or twice (SIGKILL, SIGTERM or Ctrl-C, one process or all of them),
 while it samples, trains, saves, evaluates or begins. In the end all its files must be those of the undisturbed run, and
@@ -75,6 +75,7 @@ def differences(run, whole):
 
 
 def main(count, seed=0):
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # under nohup children ignore Ctrl-C
     rng, tally = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
