@@ -1,7 +1,7 @@
 """The same training by TRL's DDPOTrainer and by train.py: the shipped model, one set of settings, several seeds.
 
     pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 "accelerate<1.12"
-    python tests/beside_trl.py --epochs 8 --seeds 3
+    python tests/beside_trl.py trl              # or ddpo-pytorch, or flow-grpo: the conversions of docs/coming_from.md
 
 In an environment of its own, with this project's packages, too: later versions of TRL have no DDPOTrainer. Prints a
 line for each epoch with the mean reward of its samples (minus the JPEG size in kB): both sides' mean and deviation over
@@ -14,6 +14,7 @@ import io
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,14 @@ from ddpo_min.rewards import jpeg
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 from train import train
 
-# What TRL does and what its settings are by default; guidance 1 is none
-SETTINGS = dict(samples=256, updates=4, steps=8, guidance=1.0, lr=3e-3, clip_range=0.01, step_weights="paper",
-                timestep_fraction=1.0, beta2=0.999, prompt_buffer=32, prompt_minimum=16, eval_samples=45)
+# What suits the small model, and what TRL's optimizer and losses are
+COMMON = dict(steps=8, clip_range=0.01, step_weights="paper", timestep_fraction=1.0, beta2=0.999, eval_samples=45)
+# The batches and statistics of each conversion; guidance 1 is none
+CONVERSIONS = {
+    "trl": dict(epochs=20, samples=24, updates=8, guidance=5.0, lr=1e-3, prompt_buffer=32, prompt_minimum=16),
+    "ddpo-pytorch": dict(epochs=5, samples=128, updates=4, guidance=1.0, lr=3e-3, prompt_buffer=16, prompt_minimum=16),
+    "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, lr=3e-3, normalise="group", group_size=16)}
+BATCHES = {"trl": (6, 3), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64)}      # TRL's in sampling and in training
 
 
 def tokenizer(folder):
@@ -67,11 +73,29 @@ def write_folder(folder):
                             ).save_pretrained(folder)
 
 
-def theirs(folder, seed, epochs):
-    """The mean reward of each epoch's samples, by TRL."""
+def prompt_function(seed, settings):
+    """TRL's: a random prompt each time, or each as often as a group has samples."""
+    rng, prompts = np.random.default_rng(seed), find_prompts("animals")
+    if settings.normalise != "group":
+        return lambda: (prompts[rng.integers(len(prompts))], {})
+
+    def in_groups():
+        groups = settings.samples // settings.group_size
+        while True:
+            for i in rng.permutation(len(prompts))[:groups]:
+                yield from [prompts[i]] * settings.group_size
+
+    order = in_groups()
+    return lambda: (next(order), {})
+
+
+def theirs(folder, settings, sampling, training):
+    """The mean reward of each epoch's samples, by TRL. A group's own statistics are those of its last group_size."""
+    from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-    s, batch = SETTINGS, 64
-    rng, prompts, means = np.random.default_rng(seed), find_prompts("animals"), []
+    PartialState()      # TRL's first warning needs it
+    s, means = settings, []
+    buffer, minimum = ((s.group_size,) * 2 if s.normalise == "group" else (s.prompt_buffer, s.prompt_minimum))
 
     def reward(images, prompts, metadata):
         pictures = (images * 255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
@@ -79,36 +103,39 @@ def theirs(folder, seed, epochs):
         return means[-1].astype(np.float32), {}
 
     trainer = DDPOTrainer(DDPOConfig(
-        seed=seed, num_epochs=epochs, mixed_precision="no", sample_num_steps=s["steps"],
-        sample_guidance_scale=s["guidance"], train_cfg=False, sample_batch_size=batch,
-        sample_num_batches_per_epoch=s["samples"] // batch, train_batch_size=batch,
-        train_gradient_accumulation_steps=s["samples"] // s["updates"] // batch, train_learning_rate=s["lr"],
-        train_clip_range=s["clip_range"], per_prompt_stat_tracking=True, save_freq=10 ** 6, logdir=tempfile.mkdtemp(),
-        per_prompt_stat_tracking_buffer_size=s["prompt_buffer"],
-        per_prompt_stat_tracking_min_count=s["prompt_minimum"]),
-        reward, lambda: (prompts[rng.integers(len(prompts))], {}), DefaultDDPOStableDiffusionPipeline(str(folder)))
+        seed=s.seed, num_epochs=s.epochs, mixed_precision="no", sample_num_steps=s.steps,
+        sample_guidance_scale=s.guidance, train_cfg=s.guidance > 1, sample_batch_size=sampling,
+        sample_num_batches_per_epoch=s.samples // sampling, train_batch_size=training,
+        train_gradient_accumulation_steps=s.samples // s.updates // training, train_learning_rate=s.lr,
+        train_clip_range=s.clip_range, per_prompt_stat_tracking=True, save_freq=10 ** 6, logdir=tempfile.mkdtemp(),
+        per_prompt_stat_tracking_buffer_size=buffer, per_prompt_stat_tracking_min_count=minimum),
+        reward, prompt_function(s.seed, s), DefaultDDPOStableDiffusionPipeline(str(folder)))
     trainer.train()
-    return np.concatenate(means).reshape(epochs, -1).mean(1)
+    return np.concatenate(means).reshape(s.epochs, -1).mean(1)
 
 
-def ours(folder, seed, epochs):
+def ours(folder, settings, *batches):
     """The same, by train.py."""
-    run = train(make_settings(**SETTINGS, seed=seed, epochs=epochs, out=str(folder / f"ours_{seed}")))
+    run = train(replace(settings, out=str(folder / f"ours_{settings.seed}")))
     return np.array([line["reward_mean"] for line in run.history])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("conversion", choices=CONVERSIONS)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
+    settings = make_settings(**COMMON, **CONVERSIONS[a.conversion])
+    settings = replace(settings, epochs=a.epochs or settings.epochs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder)
         with contextlib.redirect_stdout(io.StringIO()):
-            both = [np.array([side(folder, seed, a.epochs) for seed in range(a.seeds)]) for side in (theirs, ours)]
+            both = [np.array([side(folder, replace(settings, seed=seed), *BATCHES[a.conversion])
+                              for seed in range(a.seeds)]) for side in (theirs, ours)]
     (mean, std), (other, spread) = ((x.mean(0), x.std(0, ddof=1)) for x in both)
-    for i in range(a.epochs):
+    for i in range(settings.epochs):
         apart = abs(mean[i] - other[i]) / np.hypot(std[i], spread[i])
         print(f"epoch {i + 1}: TRL {mean[i]:.3f} +- {std[i]:.3f}, train.py {other[i]:.3f} +- {spread[i]:.3f}, "
               f"{apart:.1f} deviations apart")
