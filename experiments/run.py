@@ -5,7 +5,8 @@
     python experiments/figures.py             draws all figures from the numbers, without training
 
 A run is a command of train.py and a seed. When it ends, what it has logged is added to experiments/NAME.csv, a row an
-epoch. Stop and start at will: a run that was interrupted is resumed from runs/experiments/. One training at a time.
+epoch. Stop and start at will: a run that was interrupted is resumed from runs/experiments/. One training at a time. A
+command that several experiments have is run once.
 """
 import argparse
 import json
@@ -14,9 +15,10 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from results import HERE, ROOT, read_rows, write_rows
+from results import HERE, ROOT, read_rows, runs_of, write_rows
 
 sys.path.insert(0, str(ROOT))
+from ddpo_min.cli import read_settings
 from ddpo_min.files import InputError, run_main
 
 SEEDS = (0, 1, 2)
@@ -86,9 +88,22 @@ def missing(name):
     return [(run, seed) for run in EXPERIMENTS[name].runs for seed in SEEDS if (run, seed) not in kept]
 
 
+def rows_elsewhere(settings, seed):
+    """The rows of a run with the same settings, of any experiment, without its name and seed; [] if there is none."""
+    for name, experiment in EXPERIMENTS.items():
+        rows = [row for row in read_rows(name) if row["seed"] == seed and row["run"] in experiment.runs]
+        for run in runs_of(rows):
+            if read_settings(command_of(experiment, run, seed)) == settings:
+                return [{column: value for column, value in row.items() if column not in ("run", "seed")}
+                        for row in rows if row["run"] == run]
+    return []
+
+
 def carry_out(name, run, seed):
     """Train, or go on with a training that was interrupted, then keep its numbers."""
     experiment = EXPERIMENTS[name]
+    if rows := rows_elsewhere(read_settings(command_of(experiment, run, seed)), seed):
+        return keep(name, run, seed, rows)
     folder = ROOT / "runs" / "experiments" / name / f"{run.replace(' ', '_')}-{seed}"
     command = command_of(experiment, run, seed)
     if not (folder / "result.json").is_file():

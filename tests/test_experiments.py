@@ -109,6 +109,23 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
     assert np.isnan(results.column(rows, "in both", "grad_norm")[0]).tolist() == [False, False, False, True]
 
 
+def test_a_command_that_two_experiments_have_is_run_once(elsewhere, monkeypatch):
+    rows = {run_: [dict(run=run_, seed=seed, epoch=0, held_out=seed + number) for seed in run.SEEDS]
+            for number, run_ in enumerate(("ddpo_is clip", "ddpo_is jpeg", "rwr jpeg"))}
+    results.write_rows("algorithms", sum(rows.values(), []))
+    trained = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, cwd: trained.append(command)
+                        or fake_run(elsewhere / command[command.index("--out") + 1], -3.0, -2.0)
+                        or subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(sys, "argv", ["run.py", "reuse"])
+    run.main()
+    assert len(trained) == 3 * (len(run.EXPERIMENTS["reuse"].runs) - 1)
+    kept = results.read_rows("reuse")
+    assert [row["held_out"] for row in kept if row["run"] == "4 minibatches"] == [1, 2, 3]
+    assert {row["held_out"] for row in kept if row["run"] != "4 minibatches" and row["epoch"] == 3} == {-2}
+    assert len(results.read_rows("algorithms")) == 9
+
+
 def test_an_unknown_experiment_is_named(elsewhere, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "guidance", "guidence"])
     with pytest.raises(InputError, match="guidence: no experiment; expected some of algorithms, .*, all"):
