@@ -95,6 +95,9 @@ def theirs(folder, settings, sampling, training):
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     PartialState()      # TRL's first warning needs it
     s, means = settings, []
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
+    if s.guidance == 1:         # diffusers joins the empty prompt to the given one all the same
+        pipeline.sd_pipeline._encode_prompt = lambda *ignored, prompt_embeds, **others: prompt_embeds
     buffer, minimum = ((s.group_size,) * 2 if s.normalise == "group" else (s.prompt_buffer, s.prompt_minimum))
 
     def reward(images, prompts, metadata):
@@ -109,7 +112,7 @@ def theirs(folder, settings, sampling, training):
         train_gradient_accumulation_steps=s.samples // s.updates // training, train_learning_rate=s.lr,
         train_clip_range=s.clip_range, per_prompt_stat_tracking=True, save_freq=10 ** 6, logdir=tempfile.mkdtemp(),
         per_prompt_stat_tracking_buffer_size=buffer, per_prompt_stat_tracking_min_count=minimum),
-        reward, prompt_function(s.seed, s), DefaultDDPOStableDiffusionPipeline(str(folder)))
+        reward, prompt_function(s.seed, s), pipeline)
     trainer.train()
     return np.concatenate(means).reshape(s.epochs, -1).mean(1)
 
