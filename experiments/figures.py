@@ -235,6 +235,20 @@ def gradient_noise(rows):
     save(figure, "gradient_noise")
 
 
+def windows(rows):
+    """Beside them: the default, and noise in all steps but training on the first or last four alone."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    settings = read_rows("settings")
+    rows = [row for row in settings if row["run"] in ("default", "first 4 steps", "last 4 steps")] + [
+        dict(row, run=f"noise in {row['run']}") for row in rows]
+    for color, run in zip(COLORS, runs_of(rows)):
+        curve(axes, rows, run, color, run, against="seconds")
+        yield line(run, *changed(rows, run), f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
+    axes.set(xlabel="seconds of sampling and training", ylabel="mean reward of the samples: minus kB")
+    legend(axes)
+    save(figure, "windows")
+
+
 def guided_sampler(rows):
     trained = read_rows("algorithms")
     figure, panels = plt.subplots(1, 2, figsize=(10, 4))
@@ -284,7 +298,7 @@ def scaling(rows):
 
 
 FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
-           guided_sampler, scaling)
+           windows, guided_sampler, scaling)
 
 
 def tables():

@@ -104,12 +104,12 @@ def cosine(a, b):
     return torch.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
 
 
-def learner_of(seed):
+def learner_of(seed, weights=SHIPPED):
     """The shipped model with a new LoRA, and the laptop preset's optimizer."""
-    model, s = load_stable_diffusion(SHIPPED, "cpu", torch.float32), Settings()
-    return Learner(model, trainable="lora", rank=s.rank, init_lora="", seed=seed, statistics=PromptStatistics(),
-                   lr=s.lr, betas=(s.beta1, s.beta2), eps=s.adam_eps, weight_decay=s.weight_decay,
-                   grad_clip=s.grad_clip)
+    model, s = load_stable_diffusion(weights, "cpu", torch.float32), Settings()
+    return Learner(model, trainable="lora", rank=s.rank, init_lora="", seed=seed,
+                   statistics=PromptStatistics(s.prompt_buffer, s.prompt_minimum), lr=s.lr, betas=(s.beta1, s.beta2),
+                   eps=s.adam_eps, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
 
 
 def main():

@@ -40,12 +40,13 @@ EXPERIMENTS = dict(
                                 for reward in ("jpeg", "incompressible", "aesthetic", "clip")
                                 for algorithm in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}),
     # One setting changed at a time
-    settings=Experiment(140, {
+    settings=Experiment(150, {
         "default": "", "eta 0.3": "--eta 0.3", "eta 0.6": "--eta 0.6", "4 steps": "--steps 4",
         "16 steps": "--steps 16", "clip range 0.001": "--clip-range 0.001", "clip range 0.1": "--clip-range 0.1",
         "compared with the epoch": "--normalise epoch",
         "compared with the group": "--normalise group --group-size 8",
         "a quarter of the steps trained": "--timestep-fraction 0.25", "all steps trained": "--timestep-fraction 1",
+        "first 4 steps": "--last-step 4 --timestep-fraction 1", "last 4 steps": "--first-step 5 --timestep-fraction 1",
         "all steps weigh alike": "--step-weights paper", "rank 1": "--rank 1", "rank 16": "--rank 16",
         "whole UNet": "--trainable full"}),
     # Guidance in sampling, and in training, too
@@ -74,7 +75,7 @@ EXPERIMENTS = dict(
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=45, guided_sampler=15, scaling=9)      # programs of their own, and their minutes
+SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=15, scaling=9)      # programs, and their minutes
 
 
 def command_of(experiment, run, seed):

@@ -20,9 +20,11 @@ import one_pass
 import results
 import run
 import scaling
+import windows
 
+import train
 from ddpo_min import cli
-from ddpo_min.ddim import ddim_steps
+from ddpo_min.ddim import ddim_step, ddim_steps
 from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import InputError
 from ddpo_min.forward_process import forward_process_update
@@ -146,6 +148,9 @@ def fake_rows(name):
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
                      held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)]
+    if name == "windows":
+        return [dict(run=own, seed=s, epoch=e, seconds=e * 9 * (s + 1), reward=-3 + e / 10, held_out=-4 + e / 10,
+                     held_out_recognised=0.9 - e / 10) for own in windows.WINDOWS for s in range(3) for e in range(3)]
     if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step, or 100 us a pixel
         return [dict(run=own, samples=128, steps=8, size=64, processes=1, **cost) | {own: value}
                 for own, values in scaling.VALUES.items() for value in values for cost in [dict(
@@ -186,6 +191,8 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
                                         "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| after a step: IS | 0.600 ± 0.058 |"]
+    assert tables["windows"][0] == tables["settings"][0] and len(tables["windows"]) == 6
+    assert tables["windows"][3] == "| noise in 4 steps, moving | +5.0 ± 0.0% | 77.8% | 0.6 |"
     assert tables["scaling"][3] == "| 512 | 8 | 64 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
                                             "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
@@ -289,6 +296,35 @@ def test_reinforce_in_one_pass_is_ddpo_sfs_update(tiny_file, guidance):
             p.data.copy_(s)
     assert (changes[0] - changes[1]).norm() < 1e-6 * changes[1].norm()
     assert changes[1].norm() > 0
+
+
+def test_a_window_of_all_steps_is_what_train_does(tiny_file, tmp_path):
+    learner = gradient_noise.learner_of(3, tiny_file)
+    rewards, _ = zip(*windows.train(learner, 3, [range(8)] * 2, samples=16))
+    theirs = train.train(cli.make_settings(weights=str(tiny_file), preset="laptop", seed=3, epochs=2, samples=16,
+                                           eval_samples=1, timestep_fraction=1.0, out=str(tmp_path / "run")))
+    assert rewards == pytest.approx([line["reward_mean"] for line in theirs.history], rel=1e-6)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    wanted = state["learner"]["parameters"]
+    for name, p in learner.parameters.items():
+        torch.testing.assert_close(p.detach(), wanted[name], rtol=0, atol=1e-6)
+
+
+def test_outside_the_window_nothing_is_random():
+    """Steps 0 to 3 of 8: their noise counts, that of the others does not."""
+    steps = windows.with_noise_in(ddim_steps(8), range(4))
+    x_t, eps, one, other = torch.randn(4, 1, 4, 8, 8)
+    for i in range(8):
+        differ = (ddim_step(x_t, eps, steps, i, one)[0] - ddim_step(x_t, eps, steps, i, other)[0]).abs().max()
+        assert differ > 0.1 if i < 4 else differ < 1e-6
+        theirs = ddim_step(x_t, eps, ddim_steps(8, 1.0 if i < 4 else 0.0), i, one)[0]
+        assert torch.allclose(ddim_step(x_t, eps, steps, i, one)[0], theirs, atol=1e-6)
+
+
+def test_the_window_goes_from_the_first_steps_to_the_last():
+    moving = [windows.window_of("2 steps, moving", epoch, 8) for epoch in range(11)]
+    assert moving[0] == range(2) and moving[10] == range(6, 8) and moving[5] == range(3, 5)
+    assert {windows.window_of("the first 4 steps", epoch, 8) for epoch in range(8)} == {range(4)}
 
 
 def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):
