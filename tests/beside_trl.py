@@ -2,10 +2,12 @@
 
     pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 "accelerate<1.12"
     python tests/beside_trl.py trl              # or ddpo-pytorch, or flow-grpo: the conversions of docs/coming_from.md
+    python tests/beside_trl.py trl --update
 
 In an environment of its own, with this project's packages, too: later versions of TRL have no DDPOTrainer. Prints a
 line for each epoch with the mean reward of its samples (minus the JPEG size in kB): both sides' mean and deviation over
-the seeds, and how many deviations they are apart.
+the seeds, and how many deviations they are apart. With --update: TRL's first epoch, and ddpo_update on the very samples
+and advantages that TRL has trained on.
 """
 import argparse
 import contextlib
@@ -18,11 +20,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ddpo_min.cli import make_settings
+from ddpo_min.ddim import ddim_steps
+from ddpo_min.ddpo import ddpo_update
+from ddpo_min.lora import add_lora
+from ddpo_min.optimizer import Optimizer
+from ddpo_min.plan import Plan
+from ddpo_min.policy import Policy
 from ddpo_min.prompts import find_prompts
 from ddpo_min.rewards import jpeg
+from ddpo_min.rollout import Trajectories
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 from train import train
 
@@ -89,12 +99,15 @@ def prompt_function(seed, settings):
     return lambda: (next(order), {})
 
 
-def theirs(folder, settings, sampling, training):
-    """The mean reward of each epoch's samples, by TRL. A group's own statistics are those of its last group_size."""
+def trainer_of(folder, settings, sampling, training):
+    """TRL's trainer, and a list to which it adds the rewards of what it samples.
+
+    A group's own statistics are those of its last group_size samples.
+    """
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     PartialState()      # TRL's first warning needs it
-    s, means = settings, []
+    s, rewards = settings, []
     pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
     if s.guidance == 1:         # diffusers joins the empty prompt to the given one all the same
         pipeline.sd_pipeline._encode_prompt = lambda *ignored, prompt_embeds, **others: prompt_embeds
@@ -102,19 +115,69 @@ def theirs(folder, settings, sampling, training):
 
     def reward(images, prompts, metadata):
         pictures = (images * 255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
-        means.append(jpeg(pictures, prompts))
-        return means[-1].astype(np.float32), {}
+        rewards.append(jpeg(pictures, prompts))
+        return rewards[-1].astype(np.float32), {}
 
-    trainer = DDPOTrainer(DDPOConfig(
+    return DDPOTrainer(DDPOConfig(
         seed=s.seed, num_epochs=s.epochs, mixed_precision="no", sample_num_steps=s.steps,
         sample_guidance_scale=s.guidance, train_cfg=s.guidance > 1, sample_batch_size=sampling,
         sample_num_batches_per_epoch=s.samples // sampling, train_batch_size=training,
         train_gradient_accumulation_steps=s.samples // s.updates // training, train_learning_rate=s.lr,
         train_clip_range=s.clip_range, per_prompt_stat_tracking=True, save_freq=10 ** 6, logdir=tempfile.mkdtemp(),
         per_prompt_stat_tracking_buffer_size=buffer, per_prompt_stat_tracking_min_count=minimum),
-        reward, prompt_function(s.seed, s), pipeline)
+        reward, prompt_function(s.seed, s), pipeline), rewards
+
+
+def theirs(folder, settings, sampling, training):
+    """The mean reward of each epoch's samples, by TRL."""
+    trainer, rewards = trainer_of(folder, settings, sampling, training)
     trainer.train()
-    return np.concatenate(means).reshape(s.epochs, -1).mean(1)
+    return np.concatenate(rewards).reshape(settings.epochs, -1).mean(1)
+
+
+class InOrder:
+    """A generator whose permutations are none: TRL has shuffled its samples already."""
+
+    def permutation(self, values):
+        return np.asarray(values)
+
+
+def same_update(folder, s, sampling, training):
+    """TRL's first epoch and ddpo_update on its samples: two LoRAs' changes, {name: (TRL's, ours)}."""
+    trainer, _ = trainer_of(folder, replace(s, epochs=1), sampling, training)
+    unet, seen, train_on = trainer.sd_pipeline.unet, {}, trainer._train_batched_samples
+
+    def lora():
+        return {name.replace(".default.", "."): p.detach().clone() for name, p in unet.named_parameters()
+                if p.requires_grad}
+
+    def look(inner_epoch, epoch, step, batches):
+        seen.update(before=lora(), batches=[{name: tensor.clone() for name, tensor in b.items()} for b in batches])
+        return train_on(inner_epoch, epoch, step, batches)
+
+    trainer._train_batched_samples = look
+    trainer.train()
+    model, before, after = load_stable_diffusion(SHIPPED), seen["before"], lora()
+    layers = add_lora(model.unet, s.rank)
+    own = {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items()
+           for part in ("lora_A", "lora_B")}
+    assert own.keys() == before.keys()
+    for name, p in own.items():
+        p.data.copy_(before[name])
+    all_of = {name: torch.cat([batch[name] for batch in seen["batches"]]) for name in seen["batches"][0]}
+    order = all_of["timesteps"].argsort(dim=1, descending=True)     # TRL has shuffled each sample's steps, too
+    x_t, x_prev, log_p_old = (torch.stack([tensor[i] for tensor, i in zip(all_of[name], order)])
+                              for name in ("latents", "next_latents", "log_probs"))
+    n = torch.arange(len(order))
+    trajectories = Trajectories(torch.cat([x_t, x_prev[:, -1:]], dim=1), log_p_old.flatten(1), all_of["prompt_embeds"],
+                                n, n, None)
+    policy = Policy(model, ddim_steps(s.steps), s.guidance, lora=layers)
+    optimizer = Optimizer(list(own.values()), lr=s.lr, betas=(s.beta1, s.beta2), eps=s.adam_eps,
+                          weight_decay=s.weight_decay, grad_clip=s.grad_clip)
+    ddpo_update(policy, optimizer, trajectories, all_of["advantages"].double().numpy(), InOrder(),
+                plan=Plan(s.samples, s.updates, training, range(s.steps)), clip_range=s.clip_range,
+                emphasis=[1.0] * s.steps)
+    return {name: (after[name] - before[name], own[name].detach() - before[name]) for name in own}
 
 
 def ours(folder, settings, *batches):
@@ -128,12 +191,18 @@ def main():
     parser.add_argument("conversion", choices=CONVERSIONS)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--update", action="store_true", help="compare one epoch's update instead")
     a = parser.parse_args()
     settings = make_settings(**COMMON, **CONVERSIONS[a.conversion])
     settings = replace(settings, epochs=a.epochs or settings.epochs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder)
+        if a.update:
+            one, other = zip(*same_update(folder, settings, *BATCHES[a.conversion]).values())
+            one, other = (torch.cat([change.flatten() for change in changes]) for changes in (one, other))
+            return print(f"{settings.updates} optimizer steps on the same samples: the LoRAs' changes differ by "
+                         f"{(one - other).norm() / one.norm():.1e} of their length")
         with contextlib.redirect_stdout(io.StringIO()):
             both = [np.array([side(folder, replace(settings, seed=seed), *BATCHES[a.conversion])
                               for seed in range(a.seeds)]) for side in (theirs, ours)]
