@@ -37,13 +37,14 @@ from ddpo_min.weights import SHIPPED, load_stable_diffusion
 from train import train
 
 # What suits the small model, and what TRL's optimizer and losses are
-COMMON = dict(clip_range=0.01, step_weights="paper", timestep_fraction=1.0, beta2=0.999, eval_samples=45)
-# The batches and statistics of each conversion; guidance 1 is none
+COMMON = dict(steps=8, lr=3e-3, clip_range=0.01, step_weights="paper", timestep_fraction=1.0, beta2=0.999,
+              eval_samples=45)
+# The batches and statistics of each conversion, the first as on 4 GPUs, the second on 4 of 8; guidance 1 is none
 CONVERSIONS = {
-    "trl": dict(epochs=20, steps=4, samples=24, updates=8, guidance=5.0, lr=1e-3, prompt_buffer=32, prompt_minimum=16),
-    "ddpo-pytorch": dict(epochs=5, samples=128, updates=4, guidance=1.0, lr=3e-3, prompt_buffer=16, prompt_minimum=16),
-    "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, lr=3e-3, normalise="group", group_size=16)}
-BATCHES = {"trl": (6, 3), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64)}      # TRL's in sampling and in training
+    "trl": dict(epochs=8, samples=96, updates=8, guidance=5.0, prompt_buffer=32, prompt_minimum=16),
+    "ddpo-pytorch": dict(epochs=5, samples=128, updates=4, guidance=1.0, prompt_buffer=16, prompt_minimum=16),
+    "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, normalise="group", group_size=16)}
+BATCHES = {"trl": (24, 12), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64)}    # TRL's in sampling and in training
 
 
 def tokenizer(folder):
