@@ -4,6 +4,7 @@ import sys
 import matplotlib
 import numpy as np
 from results import HERE, ROOT, column, mean_and_error, read_rows, runs_of
+from run import EXPERIMENTS, missing
 
 sys.path.insert(0, str(ROOT))
 from ddpo_min.files import atomic, run_script
@@ -302,8 +303,9 @@ FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, 
 
 
 def tables():
-    """{experiment: the lines of its table}; draws the figures on the way. Those without numbers are left out."""
-    return {figure.__name__: list(figure(rows)) for figure in FIGURES if (rows := read_rows(figure.__name__))}
+    """{experiment: the lines of its table}; draws the figures on the way. Those with runs missing are left out."""
+    return {name: list(figure(rows)) for figure in FIGURES if (rows := read_rows(name := figure.__name__))
+            and not (name in EXPERIMENTS and missing(name))}
 
 
 def main():

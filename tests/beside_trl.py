@@ -6,8 +6,8 @@
 
 In an environment of its own, with this project's packages, too: later versions of TRL have no DDPOTrainer. Prints a
 line for each epoch with the mean reward of its samples (minus the JPEG size in kB): both sides' mean and deviation over
-the seeds, and how many deviations they are apart. With --update: TRL's first epoch, and ddpo_update on the very samples
-and advantages that TRL has trained on.
+the seeds, and how many deviations they are apart. With --update: ddpo_update on the samples and advantages of TRL's
+first epoch, against what TRL made of them, and the policy's log-probabilities of the second, against TRL's.
 """
 import argparse
 import contextlib
@@ -143,42 +143,68 @@ class InOrder:
         return np.asarray(values)
 
 
-def same_update(folder, s, sampling, training):
-    """TRL's first epoch and ddpo_update on its samples: two LoRAs' changes, {name: (TRL's, ours)}."""
-    trainer, _ = trainer_of(folder, replace(s, epochs=1), sampling, training)
-    unet, seen, train_on = trainer.sd_pipeline.unet, {}, trainer._train_batched_samples
+def recorded(folder, s, sampling, training):
+    """Two epochs of TRL's: for each its LoRA before and after, {name: tensor}, and what it has trained on."""
+    trainer, _ = trainer_of(folder, replace(s, epochs=2), sampling, training)
+    unet, train_on, epochs = trainer.sd_pipeline.unet, trainer._train_batched_samples, []
 
     def lora():
         return {name.replace(".default.", "."): p.detach().clone() for name, p in unet.named_parameters()
                 if p.requires_grad}
 
     def look(inner_epoch, epoch, step, batches):
-        seen.update(before=lora(), batches=[{name: tensor.clone() for name, tensor in b.items()} for b in batches])
-        return train_on(inner_epoch, epoch, step, batches)
+        before = lora()
+        samples = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        step = train_on(inner_epoch, epoch, step, batches)
+        epochs.append((before, lora(), samples))
+        return step
 
     trainer._train_batched_samples = look
     trainer.train()
-    model, before, after = load_stable_diffusion(SHIPPED), seen["before"], lora()
+    return epochs
+
+
+def as_trajectories(samples):
+    """TRL's samples, whose denoising steps it has shuffled."""
+    order = samples["timesteps"].argsort(dim=1, descending=True)
+    x_t, x_prev, log_p_old = (torch.stack([tensor[i] for tensor, i in zip(samples[name], order)])
+                              for name in ("latents", "next_latents", "log_probs"))
+    n = torch.arange(len(order))
+    return Trajectories(torch.cat([x_t, x_prev[:, -1:]], dim=1), log_p_old.flatten(1), samples["prompt_embeds"], n, n,
+                        None)
+
+
+def same_samples(folder, s, sampling, training):
+    """On TRL's samples: how much the first epoch's change of the LoRA differs from ddpo_update's, in its length, and
+    how far the second epoch's ratios are from 1 before its first update."""
+    (before, after, first), (trained, _, second) = recorded(folder, s, sampling, training)
+    model = load_stable_diffusion(SHIPPED)
     layers = add_lora(model.unet, s.rank)
     own = {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items()
            for part in ("lora_A", "lora_B")}
-    assert own.keys() == before.keys()
-    for name, p in own.items():
-        p.data.copy_(before[name])
-    all_of = {name: torch.cat([batch[name] for batch in seen["batches"]]) for name in seen["batches"][0]}
-    order = all_of["timesteps"].argsort(dim=1, descending=True)     # TRL has shuffled each sample's steps, too
-    x_t, x_prev, log_p_old = (torch.stack([tensor[i] for tensor, i in zip(all_of[name], order)])
-                              for name in ("latents", "next_latents", "log_probs"))
-    n = torch.arange(len(order))
-    trajectories = Trajectories(torch.cat([x_t, x_prev[:, -1:]], dim=1), log_p_old.flatten(1), all_of["prompt_embeds"],
-                                n, n, None)
     policy = Policy(model, ddim_steps(s.steps), s.guidance, lora=layers)
     optimizer = Optimizer(list(own.values()), lr=s.lr, betas=(s.beta1, s.beta2), eps=s.adam_eps,
                           weight_decay=s.weight_decay, grad_clip=s.grad_clip)
-    ddpo_update(policy, optimizer, trajectories, all_of["advantages"].double().numpy(), InOrder(),
+
+    def take(weights):
+        assert own.keys() == weights.keys()
+        for name, p in own.items():
+            p.data.copy_(weights[name])
+
+    take(before)
+    ddpo_update(policy, optimizer, as_trajectories(first), first["advantages"].double().numpy(), InOrder(),
                 plan=Plan(s.samples, s.updates, training, range(s.steps)), clip_range=s.clip_range,
                 emphasis=[1.0] * s.steps)
-    return {name: (after[name] - before[name], own[name].detach() - before[name]) for name in own}
+    change, apart = (torch.cat([(after[name] - other[name].detach()).flatten() for name in own])
+                     for other in (before, own))
+    take(trained)
+    trajectories, everyone, error = as_trajectories(second), slice(0, s.samples), 0.0
+    for i in range(s.steps):
+        x_t, x_prev, log_p_old, context = trajectories.at(everyone, i)
+        with torch.no_grad():
+            ratio = (policy.log_prob(x_prev, x_t, i, context)[0] - log_p_old).exp()
+        error = max(error, (ratio - 1).abs().max().item())
+    return (apart.norm() / change.norm()).item(), error
 
 
 def ours(folder, settings, *batches):
@@ -192,7 +218,7 @@ def main():
     parser.add_argument("conversion", choices=CONVERSIONS)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--update", action="store_true", help="compare one epoch's update instead")
+    parser.add_argument("--update", action="store_true", help="compare updates and log-probabilities instead")
     a = parser.parse_args()
     settings = make_settings(**COMMON, **CONVERSIONS[a.conversion])
     settings = replace(settings, epochs=a.epochs or settings.epochs)
@@ -200,10 +226,9 @@ def main():
         folder = Path(name)
         write_folder(folder)
         if a.update:
-            one, other = zip(*same_update(folder, settings, *BATCHES[a.conversion]).values())
-            one, other = (torch.cat([change.flatten() for change in changes]) for changes in (one, other))
-            return print(f"{settings.updates} optimizer steps on the same samples: the LoRAs' changes differ by "
-                         f"{(one - other).norm() / one.norm():.1e} of their length")
+            apart, error = same_samples(folder, settings, *BATCHES[a.conversion])
+            return print(f"{settings.updates} optimizer steps on the same samples: the LoRA's changes differ by "
+                         f"{apart:.1e} of their length; then the first ratios are within {error:.1e} of 1")
         with contextlib.redirect_stdout(io.StringIO()):
             both = [np.array([side(folder, replace(settings, seed=seed), *BATCHES[a.conversion])
                               for seed in range(a.seeds)]) for side in (theirs, ours)]

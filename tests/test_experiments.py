@@ -198,6 +198,15 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
                                             "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
 
 
+def test_an_experiment_with_a_run_missing_has_no_figure_yet(elsewhere, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", (figures.guidance,))
+    rows = fake_rows("guidance")
+    results.write_rows("guidance", [row for row in rows if (row["run"], row["seed"]) != ("in both", 2)])
+    assert figures.tables() == {} and not (elsewhere / "guidance.png").exists()
+    results.write_rows("guidance", rows)
+    assert len(figures.tables()["guidance"]) == 3
+
+
 def test_the_cost_of_an_epoch_is_that_of_the_second_of_a_run(elsewhere, monkeypatch):
     def pretend(command, cwd, env, **quiet):
         given = {name: int(command[command.index(f"--{name}") + 1]) for name in ("samples", "updates", "steps", "size")}
