@@ -13,7 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REWARDS = ("jpeg", "incompressible", "aesthetic", "clip")
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # told apart by all
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",     # told apart by all
+          "#882255", "#999999", "#999933"]
+GOALS = dict(jpeg=(20, 30), aesthetic=(20, 30), clip=(1, 2))    # the leaderboard's: percent by which a reward rises
+KEPT = 90       # so many percent of the pictures that were recognised before training must still be
 
 
 def save(figure, name):
@@ -298,8 +301,71 @@ def scaling(rows):
                    f"{row['memory_mb']:.0f}")
 
 
+def progress(rows, run):
+    """What each seed has reached: a list of (minutes, change of the reward, share kept), arrays (epochs + 1,).
+
+    The last two are in percent of what they were before; rounded, because the table has six digits.
+    """
+    found = []
+    for seed in sorted({row["seed"] for row in rows if row["run"] == run}):
+        seconds, reward, share = np.array([[row[name] for name in ("seconds", "held_out", "held_out_recognised")]
+                                           for row in rows if (row["run"], row["seed"]) == (run, seed)]).T
+        found.append((seconds / 60, (100 * (reward - reward[0]) / abs(reward[0])).round(3),
+                      (100 * share / share[0]).round(3)))
+    return found
+
+
+def reached(minutes, change, kept, goal):
+    """(minutes, share kept) at the first epoch that reaches the goal and keeps KEPT; (inf, nan) if there is none.
+
+    The others: see progress(); goal: a change of the reward, in percent.
+    """
+    there = np.flatnonzero((change >= goal) & (kept >= KEPT))
+    return (minutes[there[0]], kept[there[0]]) if len(there) else (np.inf, np.nan)
+
+
+def standings(rows):
+    """A line an entry of the leaderboard, the fastest first: for each goal the minutes, median and seeds, and what is
+    kept then; change and share kept at the end."""
+    for reward, goals in GOALS.items():
+        lines = []
+        for run in (run for run in runs_of(rows) if run.startswith(f"{reward}: ")):
+            seeds, medians, cells = progress(rows, run), [], []
+            for goal in goals:
+                minutes, kept = np.array([reached(*seed, goal) for seed in seeds]).T
+                medians.append(np.median(minutes))
+                median, *each = (f"{x:.1f}" if np.isfinite(x) else "never" for x in (medians[-1], *minutes))
+                some = f", {np.nanmean(kept):.1f}% kept" if np.isfinite(minutes).any() else ""
+                cells.append(f"{median} ({', '.join(each)}){some}")
+            change, kept = np.mean([(own[1][-1], own[2][-1]) for own in seeds], axis=0)
+            entry = run.partition(": ")[2]
+            lines.append((*medians, line(f"`{reward}`", f"`{entry}`" if entry.startswith("-") else entry, *cells,
+                                         f"{change:+.1f}%, {kept:.1f}% kept")))
+        yield from (own[-1] for own in sorted(lines))
+
+
+def leaderboard(rows):
+    entries = list(dict.fromkeys(run.partition(": ")[2] for run in runs_of(rows)))
+    rewards = [reward for reward in GOALS if any(run.startswith(f"{reward}: ") for run in runs_of(rows))]
+    figure, panels = plt.subplots(1, len(rewards), figsize=(6 * len(rewards), 5), squeeze=False)
+    for axes, reward in zip(panels[0], rewards):
+        for n, entry in enumerate(entries):
+            if seeds := progress(rows, f"{reward}: {entry}"):
+                epochs = min(len(minutes) for minutes, _, _ in seeds)
+                change, kept = np.mean([(change[:epochs], kept[:epochs]) for _, change, kept in seeds], axis=0)
+                axes.plot(change, kept, color=COLORS[n % len(COLORS)], marker="os^D"[n // len(COLORS) % 4],
+                          markersize=4, linewidth=1, label=entry)
+        axes.axhline(KEPT, color="grey", linewidth=0.8)
+        for goal in GOALS[reward]:
+            axes.axvline(goal, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=reward, xlabel="change of the reward, %", ylabel="animals kept, %")
+        legend(axes)
+    save(figure, "leaderboard")
+    yield from standings(rows)
+
+
 FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
-           windows, guided_sampler, scaling)
+           windows, guided_sampler, scaling, leaderboard)
 
 
 def tables():

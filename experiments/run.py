@@ -106,13 +106,18 @@ def carry_out(name, run, seed):
     if rows := rows_elsewhere(read_settings(command_of(experiment, run, seed)), seed):
         return keep(name, run, seed, rows)
     folder = ROOT / "runs" / "experiments" / name / f"{run.replace(' ', '_')}-{seed}"
-    command = command_of(experiment, run, seed)
-    if not (folder / "result.json").is_file():
-        print(f"\n{name}: {run}, seed {seed}: python train.py {shlex.join(command)}", flush=True)
-        command += ["--auto-resume", "--out", str(folder)]
-        if subprocess.run([sys.executable, "train.py", *command], cwd=ROOT).returncode:
-            raise InputError(f"{name}: {run}, seed {seed} has stopped; the same command goes on with it")
+    train_in(folder, command_of(experiment, run, seed), f"{name}: {run}, seed {seed}")
     keep(name, run, seed, rows_of(folder))
+
+
+def train_in(folder, command, title, epochs=0):
+    """Train in this folder, or go on with a training there that was interrupted or ended before so many epochs."""
+    result = folder / "result.json"
+    if not result.is_file() or epochs and json.loads(result.read_text())["epochs"] < epochs:
+        print(f"\n{title}: python train.py {shlex.join(command)}", flush=True)
+        command = [sys.executable, "train.py", *command, "--auto-resume", "--out", str(folder)]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise InputError(f"{title} has stopped; the same command goes on with it")
 
 
 def rows_of(folder):

@@ -3,11 +3,13 @@
     pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 "accelerate<1.12"
     python tests/beside_trl.py trl              # or ddpo-pytorch, or flow-grpo: the conversions of docs/coming_from.md
     python tests/beside_trl.py trl --update
+    python tests/beside_trl.py --leaderboard    # of some rewards alone: --leaderboard jpeg clip
 
 In an environment of its own, with this project's packages, too: later versions of TRL have no DDPOTrainer. Prints a
 line for each epoch with the mean reward of its samples (minus the JPEG size in kB): both sides' mean and deviation over
 the seeds, and how many deviations they are apart. With --update: ddpo_update on the samples and advantages of TRL's
-first epoch, against what TRL made of them, and the policy's log-probabilities of the second, against TRL's.
+first epoch, against what TRL made of them, and the policy's log-probabilities of the second, against TRL's. With
+--leaderboard: TRL alone, for its rows in docs/leaderboard.md.
 """
 import argparse
 import contextlib
@@ -16,35 +18,44 @@ import io
 import json
 import sys
 import tempfile
+import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import leaderboard
+
 from ddpo_min.cli import make_settings
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
+from ddpo_min.files import run_main
 from ddpo_min.lora import add_lora
 from ddpo_min.optimizer import Optimizer
 from ddpo_min.plan import Plan
 from ddpo_min.policy import Policy
 from ddpo_min.prompts import find_prompts
-from ddpo_min.rewards import jpeg
 from ddpo_min.rollout import Trajectories
+from ddpo_min.scorer import find_reward
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 from train import train
 
 # What suits the small model, and what TRL's optimizer and losses are
 COMMON = dict(steps=8, lr=3e-3, clip_range=0.01, step_weights="paper", timestep_fraction=1.0, beta2=0.999,
               eval_samples=45)
-# The batches and statistics of each conversion, the first as on 4 GPUs, the second on 4 of 8; guidance 1 is none
+# The batches and statistics of each conversion, the first as on 4 GPUs, the second on 4 of 8, and of the preset laptop;
+# guidance 1 is none
 CONVERSIONS = {
     "trl": dict(epochs=8, samples=96, updates=8, guidance=5.0, prompt_buffer=32, prompt_minimum=16),
     "ddpo-pytorch": dict(epochs=5, samples=128, updates=4, guidance=1.0, prompt_buffer=16, prompt_minimum=16),
-    "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, normalise="group", group_size=16)}
-BATCHES = {"trl": (24, 12), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64)}    # TRL's in sampling and in training
+    "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, normalise="group", group_size=16),
+    "laptop": dict(epochs=8, samples=256, updates=4, guidance=1.0, prompt_buffer=16, prompt_minimum=8)}
+# TRL's in sampling and in training
+BATCHES = {"trl": (24, 12), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64), "laptop": (64, 64)}
 
 
 def tokenizer(folder):
@@ -108,7 +119,7 @@ def trainer_of(folder, settings, sampling, training):
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     PartialState()      # TRL's first warning needs it
-    s, rewards = settings, []
+    s, rewards, score = settings, [], find_reward(settings.reward, **settings.reward_models)
     pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
     if s.guidance == 1:         # diffusers joins the empty prompt to the given one all the same
         pipeline.sd_pipeline._encode_prompt = lambda *ignored, prompt_embeds, **others: prompt_embeds
@@ -116,7 +127,7 @@ def trainer_of(folder, settings, sampling, training):
 
     def reward(images, prompts, metadata):
         pictures = (images * 255).round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy()
-        rewards.append(jpeg(pictures, prompts))
+        rewards.append(score(pictures, list(prompts)))
         return rewards[-1].astype(np.float32), {}
 
     return DDPOTrainer(DDPOConfig(
@@ -207,6 +218,22 @@ def same_samples(folder, s, sampling, training):
     return (apart.norm() / change.norm()).item(), error
 
 
+def add_to_the_leaderboard(folder, settings, entry, *batches):
+    """Train with TRL on one reward, measure the LoRA of each epoch, and keep the rows; what is kept is left alone."""
+    for seed in leaderboard.missing(settings.reward, entry, settings.epochs):
+        print(f"{settings.reward}: {entry}, seed {seed}", flush=True)
+        trainer, _ = trainer_of(folder, replace(settings, seed=seed), *batches)
+        step, costs, loras = 0, [(0, 0.0)], []
+        for epoch in range(settings.epochs):        # as trainer.train() does
+            began = time.perf_counter()
+            step = trainer.step(epoch, step)
+            costs.append(((epoch + 1) * settings.samples, costs[-1][1] + time.perf_counter() - began))
+            kept = folder / f"{settings.reward}-{seed}-{epoch}"
+            trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], None, kept)
+            loras.append(kept / "pytorch_lora_weights.safetensors")
+        leaderboard.keep(settings.reward, entry, seed, costs, loras)
+
+
 def ours(folder, settings, *batches):
     """The same, by train.py."""
     run = train(replace(settings, out=str(folder / f"ours_{settings.seed}")))
@@ -215,10 +242,12 @@ def ours(folder, settings, *batches):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("conversion", choices=CONVERSIONS)
+    parser.add_argument("conversion", nargs="?", choices=CONVERSIONS, default="laptop")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--update", action="store_true", help="compare updates and log-probabilities instead")
+    parser.add_argument("--leaderboard", nargs="*", choices=leaderboard.GOALS, help="train with TRL alone, on these "
+                        "rewards or all, and add its rows to experiments/leaderboard.csv")
     a = parser.parse_args()
     settings = make_settings(**COMMON, **CONVERSIONS[a.conversion])
     settings = replace(settings, epochs=a.epochs or settings.epochs)
@@ -229,6 +258,13 @@ def main():
             apart, error = same_samples(folder, settings, *BATCHES[a.conversion])
             return print(f"{settings.updates} optimizer steps on the same samples: the LoRA's changes differ by "
                          f"{apart:.1e} of their length; then the first ratios are within {error:.1e} of 1")
+        if a.leaderboard is not None:
+            torch.set_num_threads(2)        # the two cores of its rules
+            rewards = a.leaderboard or list(leaderboard.GOALS)
+            entry = f"TRL {version('trl')}" + f", {a.conversion}" * (a.conversion != "laptop")
+            for reward in rewards:
+                add_to_the_leaderboard(folder, replace(settings, reward=reward), entry, *BATCHES[a.conversion])
+            return leaderboard.overview(rewards)
         with contextlib.redirect_stdout(io.StringIO()):
             both = [np.array([side(folder, replace(settings, seed=seed), *BATCHES[a.conversion])
                               for seed in range(a.seeds)]) for side in (theirs, ours)]
@@ -240,4 +276,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

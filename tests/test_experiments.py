@@ -1,5 +1,6 @@
 """The experiments: their commands, how runs become rows, and rows figures and tables; without training."""
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -230,13 +231,15 @@ def test_the_cost_of_an_epoch_is_that_of_the_second_of_a_run(elsewhere, monkeypa
     assert rows[8]["training_seconds"] == 1 and rows[8]["size"] == 32
 
 
-def test_the_tables_of_the_page_are_those_of_the_numbers(monkeypatch, tmp_path):
-    page = (ROOT / "experiments" / "README.md").read_text()
+def test_the_tables_of_the_pages_are_those_of_the_numbers(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, name: figures.plt.close(figure))
     for name, lines in figures.tables().items():
+        page = ROOT / ("docs/leaderboard.md" if name == "leaderboard" else "experiments/README.md")
+        text = page.read_text()
         for line in lines:
-            assert line in page, f"{name}: {line}"
-        assert f"]({name}.png)" in page
+            assert line in text, f"{name}: {line}"
+        links = [(page.parent / link).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)]
+        assert ROOT / "experiments" / f"{name}.png" in links
     readme = (ROOT / "README.md").read_text()
     for line in figures.defaults(results.read_rows("algorithms")):
         assert line in readme, line

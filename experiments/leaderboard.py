@@ -1,0 +1,133 @@
+"""Who trains fastest? Minutes on 2 CPU cores to a better reward with the animals kept; rules: docs/leaderboard.md.
+
+    python experiments/leaderboard.py                                   what there is, and what is missing
+    python experiments/leaderboard.py jpeg                              the missing runs of all standing entries
+    python experiments/leaderboard.py jpeg "--algorithm awm --lr 2e-3"  an entry of one's own: arguments of train.py
+    python tests/beside_trl.py --leaderboard                            TRL's rows, in an environment of its own
+
+A run is an entry and a seed. When it has ended, the LoRA of each epoch draws the same held-out pictures, and what they
+score is added to experiments/leaderboard.csv, a row an epoch. Stop and start at will: a run that was interrupted is
+resumed from runs/leaderboard/. One training at a time.
+"""
+import argparse
+import os
+import re
+import shlex
+import sys
+
+from figures import GOALS, KEPT, standings
+from judges import recognised
+from results import ROOT, read_rows, runs_of, write_rows
+from run import SEEDS, rows_of, train_in
+
+sys.path.insert(0, str(ROOT))
+from ddpo_min.cli import OneLineParser, flag, make_parser, make_settings, sections
+from ddpo_min.ddim import ddim_steps
+from ddpo_min.evaluation import Evaluation
+from ddpo_min.files import InputError, run_main
+from ddpo_min.lora import load_lora
+from ddpo_min.policy import Policy
+from ddpo_min.prompts import find_prompts
+from ddpo_min.scorer import make_scorer
+from ddpo_min.settings import Settings
+from ddpo_min.weights import SHIPPED, load_stable_diffusion
+
+ENTRIES = {"ddpo_is": "", "ddpo_is, all steps": "--timestep-fraction 1",
+           **{name: f"--algorithm {name}" for name in ("ddpo_sf", "rwr", "rwr_sparse", "awm", "nft", "ram")}}
+PLAIN = Settings()      # every entry is measured on what the preset laptop draws, however it draws in training
+FIXED = {"weights", "init_lora", "resume", "auto_resume", "out", "seed", "reward", "keep_every", "device",
+         *sections()["Evaluation"], *sections()["Reward models"]}
+
+
+def settings_of(reward, entry):
+    """The settings of an entry, a name of ENTRIES or arguments of train.py. Raises InputError if it breaks a rule."""
+    try:
+        words = shlex.split(ENTRIES.get(entry, entry))
+    except ValueError as error:
+        raise InputError(f"{entry}: {error}; expected arguments of train.py")
+    given = vars(make_parser().parse_args(words))
+    for name in given:
+        if name in FIXED:
+            raise InputError(f"{flag(name)}: the same for all entries of the leaderboard; drop it")
+    settings = make_settings(**given, reward=reward)
+    if settings.trainable == "full":
+        raise InputError("--trainable full: leaves no LoRA of each epoch to draw with; expected an entry with a LoRA")
+    return settings
+
+
+def missing(reward, entry, epochs=None):
+    """The seeds whose numbers are not kept yet, or not of all epochs; epochs: of what train.py does not train."""
+    epochs = epochs or settings_of(reward, entry).epochs
+    kept = [row["seed"] for row in read_rows("leaderboard") if row["run"] == f"{reward}: {entry}"]
+    return [seed for seed in SEEDS if kept.count(seed) <= epochs]
+
+
+def carry_out(reward, entry, seed):
+    """Train, or go on with a training that was interrupted, then measure each epoch and keep the numbers."""
+    name = re.sub(r"[^\w.-]+", "_", entry)
+    folder = ROOT / "runs" / "leaderboard" / reward / f"{name}-{seed}"
+    command = [*shlex.split(ENTRIES.get(entry, entry)), "--reward", reward, "--seed", str(seed), "--keep-every", "1",
+               "--device", "cpu"]
+    train_in(folder, command, f"{reward}: {entry}, seed {seed}", settings_of(reward, entry).epochs)
+    rows = rows_of(folder)
+    keep(reward, entry, seed, [(row["queries"], row["seconds"]) for row in rows],
+         [folder / f"lora_{row['epoch']:04d}.safetensors" for row in rows[1:]])
+
+
+def keep(reward, entry, seed, costs, loras):
+    """Measure a run and add its rows to the table; costs: (pictures scored, seconds) until each epoch, from (0, 0);
+    loras: a file for each epoch, from the first on."""
+    run = f"{reward}: {entry}"
+    rows = [dict(run=run, seed=seed, epoch=epoch, queries=queries, seconds=seconds, held_out=mean,
+                 held_out_recognised=share)
+            for epoch, ((queries, seconds), (mean, share)) in enumerate(zip(costs, measure(reward, [None, *loras])))]
+    rows = [row for row in read_rows("leaderboard") if (row["run"], row["seed"]) != (run, seed)] + rows
+    order = [f"{reward}: {entry}" for reward in GOALS for entry in ENTRIES]
+    order += [other for other in runs_of(rows) if other not in order]
+    write_rows("leaderboard", sorted(rows, key=lambda row: (order.index(row["run"]), row["seed"], row["epoch"])))
+
+
+def measure(reward, loras):
+    """Draw train.py's held-out pictures with each LoRA (None: without): yields (mean reward, share recognised)."""
+    prompts, scorer = find_prompts("animals"), None
+    for file in loras:
+        model = load_stable_diffusion(SHIPPED)
+        layers = load_lora(file, model.unet) if file else {}
+        scorer = scorer or make_scorer(reward, "", model, "cpu", prompts=prompts, small=True, **PLAIN.reward_models)
+        policy = Policy(model, ddim_steps(PLAIN.steps, PLAIN.eta, model.alpha_bar), PLAIN.guidance, lora=layers)
+        evaluation = Evaluation.of(policy, scorer, prompts, PLAIN.eval_samples, micro_batch=PLAIN.batch)
+        images, rewards, _ = evaluation.run()
+        yield rewards.mean(), recognised(images, evaluation.prompts).mean()
+
+
+def overview(rewards):
+    """The table of these rewards, and which standing entries are missing."""
+    for reward in rewards:
+        print(f"\n{reward}: minutes to {GOALS[reward][0]:+}% and to {GOALS[reward][1]:+}% of the reward, {KEPT}% kept")
+        rows = [row for row in read_rows("leaderboard") if row["run"].startswith(f"{reward}: ")]
+        for text in standings(rows):
+            print(text)
+        left = [f"{entry} ({n} of {len(SEEDS)} runs)" for entry in ENTRIES if (n := len(missing(reward, entry)))]
+        left += ["TRL (see --help)"] * (not any(run.startswith(f"{reward}: TRL ") for run in runs_of(rows)))
+        print("missing:", ", ".join(left) or "nothing")
+
+
+def main():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reward", nargs="?", help=", ".join(GOALS))
+    parser.add_argument("entry", nargs=argparse.REMAINDER, help=f"{'; '.join(ENTRIES)}; or arguments of train.py")
+    a = parser.parse_args()
+    if a.reward and a.reward not in GOALS:
+        raise InputError(f"{a.reward}: no reward of the leaderboard; expected {', '.join(GOALS)}")
+    own = a.entry[0] if len(a.entry) == 1 else shlex.join(a.entry)
+    own = next((name for name, arguments in ENTRIES.items() if arguments == own), own)
+    entries = [own] if a.entry else ENTRIES
+    todo = [(entry, seed) for entry in entries for seed in missing(a.reward, entry)] if a.reward else []
+    os.environ["OMP_NUM_THREADS"] = "2"     # train.py's: the two cores of the rules
+    for entry, seed in todo:
+        carry_out(a.reward, entry, seed)
+    overview([a.reward] if a.reward else GOALS)
+
+
+if __name__ == "__main__":
+    run_main(main)
