@@ -149,8 +149,9 @@ def test_every_command_can_be_parsed(tmp_path, monkeypatch):
 
 
 def test_every_flag_that_is_named_exists():
-    sources = "".join((ROOT / name).read_text() for name in ("sample.py", "ddpo_min/bench.py", "weights/evaluate.py",
-                                                             "weights/pretrain.py", "weights/world.py"))
+    sources = "".join((ROOT / name).read_text() for name in (
+        "sample.py", "ddpo_min/bench.py", "weights/evaluate.py", "weights/pretrain.py", "weights/world.py",
+        "tests/beside_trl.py"))
     known = {"--nproc_per_node", "--nnodes"}        # torchrun's
     known |= set(cli.make_parser()._option_string_actions) | set(re.findall(r'"(--[a-z][\w-]*)"', sources))
     for page, text in TEXT.items():
