@@ -50,7 +50,7 @@ EXPERIMENTS = dict(
         "all steps weigh alike": "--step-weights paper", "rank 1": "--rank 1", "rank 16": "--rank 16",
         "whole UNet": "--trainable full"}),
     # Guidance in sampling, and in training, too
-    guidance=Experiment(45, {"without": "", "in sampling only": "--guidance 5 --no-guidance-in-training",
+    guidance=Experiment(35, {"without": "", "in sampling only": "--guidance 5 --no-guidance-in-training",
                              "in both": "--guidance 5"}),
     # RWR: few large epochs or many small ones; 2,048 pictures and 128 optimizer steps in all
     interleaving=Experiment(90, {
@@ -62,7 +62,7 @@ EXPERIMENTS = dict(
         "2 passes": "--inner-epochs 2", "4 passes": "--inner-epochs 4",
         "4 passes, no clipping": "--inner-epochs 4 --clip-range 1000"}),
     # Trained on half of the animals, measured on the others; trained on animals, measured on what they do, and pairs
-    generalisation=Experiment(50, {f"{reward}, {others}": f"--reward {reward} {arguments}"
+    generalisation=Experiment(45, {f"{reward}, {others}": f"--reward {reward} {arguments}"
                                    for reward in ("jpeg", "aesthetic")
                                    for others, arguments in {"other animals": FIRST_HALF,
                                                              "activities": "--eval-prompts activities",
@@ -75,7 +75,7 @@ EXPERIMENTS = dict(
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=15, scaling=9)      # programs, and their minutes
+SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=7, scaling=9)      # programs, and their minutes
 
 
 def command_of(experiment, run, seed):
