@@ -89,8 +89,10 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
         network.zero_grad(set_to_none=True)
         loss.backward()
         if network is not modules:
-            for p, copied in zip(parameters, network.parameters()):
-                p.grad = copied.grad.float()
+            gradients = [torch.empty_like(p) for p in parameters]
+            torch._foreach_copy_(gradients, [copied.grad for copied in network.parameters()])
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if network is not modules:
@@ -98,8 +100,7 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
                 torch._foreach_copy_(list(network.parameters()), parameters)
         if ema:
             decay = min(ema, (step + 1) / (step + 10))
-            for key, tensor in modules.state_dict().items():
-                average[key].lerp_(tensor, 1 - decay)
+            torch._foreach_lerp_(list(average.values()), list(modules.state_dict().values()), 1 - decay)
         figure = value if figure is None else figure + 0.02 * (value - figure)
         bar.set_postfix_str(f"{figure:.4f}", refresh=False)
         if time.time() - saved_at > 60:
