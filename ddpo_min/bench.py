@@ -294,8 +294,10 @@ def print_whole_pictures(work, model):
 
 
 def print_profile(work):
-    """Where the time goes: torch's operations by their part of one more minibatch, the largest first."""
-    on_gpu = work.optimizer.parameters[0].is_cuda
+    """Where the time goes: torch's operations by their part of one more micro-batch, the largest first."""
+    settings, parameters = work.settings, work.optimizer.parameters
+    work = Work(work.policy, parameters, replace(settings, samples=min(settings.samples, settings.batch)))
+    on_gpu = parameters[0].is_cuda
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
         work.do(keep=False)
     operations = [op for op in record.key_averages() if op.device_type == DeviceType.CPU]      # not a GPU's kernels
