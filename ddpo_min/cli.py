@@ -37,7 +37,7 @@ EXAMPLES = """examples:
   python train.py --resume runs/jpeg --epochs 40
       go on with a run, to 40 epochs in all"""
 
-ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "stop_when",
+ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "eval_every", "stop_when", "keep_every",
              "vlm_url"}        # what --resume may change
 # Code that a run executes and a server that it sends to: with --resume given again, for a folder may be somebody else's
 GIVEN_AGAIN = ("reward", "watch", "vlm_encoder", "vlm_url")
@@ -327,9 +327,8 @@ def _check_stop(s, names):
     if names and name not in names:
         raise InputError(f"--stop-when {s.stop_when}: {name} is neither trained on nor watched; add --watch {name}")
     if not s.eval_every:
-        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; " + (
-            "this run has none, start a new one with --eval-every 1" if s.resume else
-            "add --eval-every 1, or another number of epochs"))
+        raise InputError(f"--stop-when {s.stop_when}: looks at the evaluations between epochs; add "
+                         "--eval-every 1, or another number of epochs")
 
 
 def _check_types(values):

@@ -306,7 +306,8 @@ def describe_result(reward, result, seconds):
     before, after = result["reward_before"], result["reward_after"]
     change = 100 * (after - before) / abs(before) if before else 0
     lines = [f"{reward} on {result['samples']} held-out seeds: {number(before)} before, {number(after)} after "
-             f"{result['epochs']} epochs{f' ({change:+.1f}%)' if before and abs(change) < 1e6 else ''}, "
+             f"{result['epochs']} epoch{'s' * (result['epochs'] != 1)}"
+             f"{f' ({change:+.1f}%)' if before and abs(change) < 1e6 else ''}, "
              f"{seconds / 60:.1f} minutes."]
     lines += [f"  {name}: {number(a)} before, {number(b)} after" for name, (a, b) in result["scores"].items()]
     return "\n".join(lines)

@@ -386,8 +386,8 @@ def test_no_other_setting_may_change_on_resuming(tmp_path, name):
     with pytest.raises(InputError) as caught:
         make_settings(resume=folder, **{name: getattr(Settings(), name)})
     assert str(caught.value) == (f"--resume goes on with the run's own settings; drop --{name.replace('_', '-')} (only "
-                                 "--batch, --checkpointing, --compile, --device, --epochs, --stop-when, --vlm-url, "
-                                 "--watch may change)")
+                                 "--batch, --checkpointing, --compile, --device, --epochs, --eval-every, "
+                                 "--keep-every, --stop-when, --vlm-url, --watch may change)")
 
 
 def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
@@ -395,10 +395,12 @@ def test_the_changes_of_a_resumed_run_are_checked(tmp_path):
         read_settings(["--resume", run_folder(tmp_path / "run"), "--epochs", "0"])
 
 
-def test_a_run_without_evaluations_between_epochs_cannot_be_given_a_bound(tmp_path):
-    folder = run_folder(tmp_path / "run")       # --eval-every is not among what may change
-    with pytest.raises(InputError, match="this run has none, start a new one with --eval-every 1$"):
-        check_settings(read_settings(["--resume", folder, "--stop-when", "jpeg<-9"]))
+def test_a_resumed_run_can_be_given_a_bound_and_the_evaluations_that_it_needs(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    bounded = ["--resume", folder, "--stop-when", "jpeg<-9"]
+    with pytest.raises(InputError, match="evaluations between epochs; add --eval-every 1, or another"):
+        check_settings(read_settings(bounded))
+    check_settings(read_settings([*bounded, "--eval-every", "2"]))
 
 
 def test_a_rank_is_refused_beside_a_lora_to_start_from_but_not_where_a_run_wrote_it_down(tmp_path):

@@ -167,6 +167,17 @@ def test_every_nth_lora_and_the_best_one_are_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "lora_0002.safetensors").exists()       # only the last epoch's is written again
 
 
+def test_a_resumed_run_can_begin_to_evaluate_and_to_keep_loras(tmp_path, whole_run):
+    """Nothing else of it changes."""
+    out = tmp_path / "run"
+    go(out, epochs=1)
+    go(resume=out, epochs=EPOCHS, eval_every=1, keep_every=2)
+    assert ["eval_reward" in line for line in metrics(out)] == [False, True, True]
+    assert sorted(path.name for path in out.glob("lora_*")) == ["lora_0002.safetensors", "lora_best.safetensors"]
+    ours, theirs = load_file(out / "lora.safetensors"), load_file(whole_run / "lora.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_hanging_reward_does_not_hold_a_run_that_is_stopped(tiny_file, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\n\ndef hangs(images, prompts):\n    print('hangs', flush=True)\n"
                                       "    time.sleep(600)\n")
