@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 import torch
-from results import ROOT, write_rows
+from results import ROOT, read_rows, write_rows
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -113,29 +113,35 @@ def learner_of(seed, weights=SHIPPED):
 
 
 def main():
-    rows = []
+    rows = [row for row in read_rows("gradient_noise") if row["seed"] in SEEDS]
     for seed in SEEDS:
-        for T in STEPS:
-            learner, steps = learner_of(seed), ddim_steps(T)
-            policy = Policy(learner.model, steps, 1.0, lora=learner.lora)
-            parameters = learner.optimizer.parameters
-            emphases = dict(even=even_emphasis(steps), paper=[1.0] * T)
-            trajectories, advantages = draw(policy, seed, 0)
-            # The ratio is 1 here, so the gradient of IS is that of SF
-            found = gradients(policy, parameters, trajectories, advantages, ["SF"], emphases)
-            measured = {name: g for (_, name), g in found.items()}
-            if T == Settings.steps:
-                measured.update({f"awm, {count} timesteps": matching_gradients(
-                    policy, parameters, trajectories, advantages, count, np.random.default_rng(seed))
-                    for count in (Settings.timesteps, T)})
-            for name, g in measured.items():
-                signal, noise = signal_and_noise(g)
-                for batch in BATCHES:
-                    rows.append(dict(run=name, seed=seed, T=T, batch=batch, signal=signal, noise=noise / batch,
-                                     measured_noise=measured_noise(g, batch), signal_to_noise=signal * batch / noise))
-            if T == Settings.steps:
-                rows += after_a_step(learner, policy, trajectories, advantages, emphases["even"], seed)
+        if seed not in {row["seed"] for row in rows}:       # a seed that was interrupted begins anew
+            rows += [row for T in STEPS for row in rows_of(seed, T)]
             write_rows("gradient_noise", sorted(rows, key=lambda row: row["run"]))
+
+
+def rows_of(seed, T):
+    """What is measured at T denoising steps; at the default's, AWM and a step ahead, too."""
+    learner, steps, rows = learner_of(seed), ddim_steps(T), []
+    policy = Policy(learner.model, steps, 1.0, lora=learner.lora)
+    parameters = learner.optimizer.parameters
+    emphases = dict(even=even_emphasis(steps), paper=[1.0] * T)
+    trajectories, advantages = draw(policy, seed, 0)
+    # The ratio is 1 here, so the gradient of IS is that of SF
+    found = gradients(policy, parameters, trajectories, advantages, ["SF"], emphases)
+    measured = {name: g for (_, name), g in found.items()}
+    if T == Settings.steps:
+        measured.update({f"awm, {count} timesteps": matching_gradients(
+            policy, parameters, trajectories, advantages, count, np.random.default_rng(seed))
+            for count in (Settings.timesteps, T)})
+    for name, g in measured.items():
+        signal, noise = signal_and_noise(g)
+        for batch in BATCHES:
+            rows.append(dict(run=name, seed=seed, T=T, batch=batch, signal=signal, noise=noise / batch,
+                             measured_noise=measured_noise(g, batch), signal_to_noise=signal * batch / noise))
+    if T == Settings.steps:
+        rows += after_a_step(learner, policy, trajectories, advantages, emphases["even"], seed)
+    return rows
 
 
 def after_a_step(learner, policy, trajectories, advantages, emphasis, seed):

@@ -75,7 +75,7 @@ EXPERIMENTS = dict(
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=7, scaling=9)      # programs, and their minutes
+SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=17, scaling=9)      # programs, and their minutes
 
 
 def command_of(experiment, run, seed):
@@ -87,6 +87,12 @@ def missing(name):
     """The runs of an experiment whose numbers are not kept yet: [(run, seed)]."""
     kept = {(row["run"], row["seed"]) for row in read_rows(name)}
     return [(run, seed) for run in EXPERIMENTS[name].runs for seed in SEEDS if (run, seed) not in kept]
+
+
+def finished(script):
+    """Whether a script's numbers are kept, of all seeds if it has seeds."""
+    rows = read_rows(script)
+    return bool(rows) and ("seed" not in rows[0] or {row["seed"] for row in rows} >= set(SEEDS))
 
 
 def rows_elsewhere(settings, seed):
@@ -161,7 +167,7 @@ def overview():
         left, of = len(missing(name)), len(experiment.runs) * len(SEEDS)
         print(f"{name:18} {experiment.minutes:4} minutes   {of - left} of {of} runs done")
     for name, minutes in SCRIPTS.items():
-        print(f"{name:18} {minutes:4} minutes   {'done' if read_rows(name) else 'missing'}")
+        print(f"{name:18} {minutes:4} minutes   {'done' if finished(name) else 'missing'}")
 
 
 def main():
@@ -177,7 +183,7 @@ def main():
         if name in EXPERIMENTS:
             for run, seed in missing(name):
                 carry_out(name, run, seed)
-        elif not read_rows(name) and subprocess.run([sys.executable, HERE / f"{name}.py"], cwd=ROOT).returncode:
+        elif not finished(name) and subprocess.run([sys.executable, HERE / f"{name}.py"], cwd=ROOT).returncode:
             raise InputError(f"{name} has stopped; start it again")
     if not names:
         overview()

@@ -148,7 +148,9 @@ def fake_rows(name):
         return rows + [dict(run="after a step: IS", seed=s, T=8, cosine=0.5 + s / 10) for s in range(3)]
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
-                     held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)]
+                     held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)] + [
+            dict(run="DDPO", seed=s, held_out=7, held_out_rule=8, seconds=44 + s, held_out_recognised=0.6)
+            for s in range(3)]
     if name == "windows":
         return [dict(run=own, seed=s, epoch=e, seconds=e * 9 * (s + 1), reward=-3 + e / 10, held_out=-4 + e / 10,
                      held_out_recognised=0.9 - e / 10) for own in windows.WINDOWS for s in range(3) for e in range(3)]
@@ -196,7 +198,23 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
     assert tables["windows"][3] == "| noise in 4 steps, moving | +5.0 ± 0.0% | 77.8% | 0.6 |"
     assert tables["scaling"][3] == "| 512 | 8 | 64 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
-                                            "| DDPO | -3.40 |  | 60.0% | 0.100, and 45 of training |"]
+                                            "| DDPO | 7.00 | 8.00 | 60.0% | 0.100, and 45 of training |"]
+
+
+def test_a_script_of_which_a_seed_is_missing_goes_on_and_has_no_figure_yet(elsewhere, monkeypatch, capsys):
+    rows, measured = fake_rows("gradient_noise"), []
+    results.write_rows("gradient_noise", [row for row in rows if row["seed"] != 1])
+    assert figures.tables() == {} and not list(elsewhere.glob("*.png"))
+    run.overview()
+    assert re.search(r"gradient_noise +45 minutes +missing", capsys.readouterr().out)
+    monkeypatch.setattr(gradient_noise, "rows_of", lambda seed, T: (
+        measured.append((seed, T)), [row for row in rows if (row["seed"], row["T"]) == (seed, T)])[1])
+    monkeypatch.setattr(gradient_noise, "STEPS", (4, 8, 16))
+    gradient_noise.main()
+    assert measured == [(1, 4), (1, 8), (1, 16)] and len(results.read_rows("gradient_noise")) == len(rows)
+    assert figures.tables().keys() == {"gradient_noise"}
+    run.overview()
+    assert re.search(r"gradient_noise +45 minutes +done", capsys.readouterr().out)
 
 
 def test_an_experiment_with_a_run_missing_has_no_figure_yet(elsewhere, monkeypatch):
