@@ -285,8 +285,8 @@ def print_rates(works, model, settings, rates):
 def print_whole_pictures(work, model):
     """What Stable Diffusion's usual 50 steps would take, from the few that were timed."""
     s, device = work.settings, work.optimizer.parameters[0].device
-    latent = torch.zeros(1, 4, *model.shape, device=device)
-    decoding, _ = seconds(device, lambda: decode_images(model.vae, latent))
+    latents = torch.zeros(min(s.batch, s.samples), 4, *model.shape, device=device)       # as many as in sampling
+    decoding = min(seconds(device, lambda: decode_images(model.vae, latents))[0] for _ in range(2)) / len(latents)
     a_step = (statistics.median(work.sampling) / s.samples - decoding) / s.steps
     a_training_step = statistics.median(work.training) / s.samples / s.steps
     print(f"at 50 steps, from these: {50 * a_step + decoding:.1f} s to sample a picture, {50 * a_training_step:.1f} s "

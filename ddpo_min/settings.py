@@ -91,7 +91,7 @@ class Settings:
     seed: int = 0                   # of everything random
     device: str = "auto"            # cpu, cuda, mps; auto takes the best available
     dtype: str = "float32"          # of the frozen networks: float32, bfloat16, or float16 on GPUs before 2020
-    checkpointing: bool = False     # compute activations again in the backward pass: less memory, a third more time
+    checkpointing: bool = False     # compute activations again in the backward pass: less memory, a third more work
     compile: bool = False           # torch.compile the UNet, in sampling and training; takes minutes at the start
     keep_every: int = 0             # epochs between two LoRAs that later ones do not replace; 0: only the last is kept
     auto_resume: bool = False       # start, or go on with the run in --out if there is one: the same command does both

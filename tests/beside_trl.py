@@ -1,7 +1,7 @@
 """The same training by TRL's DDPOTrainer and by train.py: the shipped model, one set of settings, several seeds.
 
     pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 "accelerate<1.12"
-    python tests/beside_trl.py trl              # or ddpo-pytorch, or flow-grpo: the conversions of docs/coming_from.md
+    python tests/beside_trl.py trl              # or trl-1, ddpo-pytorch, flow-grpo: those of docs/coming_from.md
     python tests/beside_trl.py trl --update
     python tests/beside_trl.py --leaderboard    # of some rewards alone: --leaderboard jpeg clip
 
@@ -47,15 +47,16 @@ from train import train
 # What suits the small model, and what TRL's optimizer and losses are
 COMMON = dict(steps=8, lr=3e-3, clip_range=0.01, step_weights="paper", timestep_fraction=1.0, beta2=0.999,
               eval_samples=45)
-# The batches and statistics of each conversion, the first as on 4 GPUs, the second on 4 of 8, and of the preset laptop;
-# guidance 1 is none
+# The batches and statistics of each conversion, the first as on 4 GPUs and as on one, the second on 4 of 8, and of the
+# preset laptop; guidance 1 is none
 CONVERSIONS = {
     "trl": dict(epochs=8, samples=96, updates=8, guidance=5.0, prompt_buffer=32, prompt_minimum=16),
+    "trl-1": dict(epochs=20, samples=24, updates=8, guidance=5.0, prompt_buffer=32, prompt_minimum=16, lr=1e-3),
     "ddpo-pytorch": dict(epochs=5, samples=128, updates=4, guidance=1.0, prompt_buffer=16, prompt_minimum=16),
     "flow-grpo": dict(epochs=5, samples=128, updates=2, guidance=1.0, normalise="group", group_size=16),
     "laptop": dict(epochs=8, samples=256, updates=4, guidance=1.0, prompt_buffer=16, prompt_minimum=8)}
 # TRL's in sampling and in training
-BATCHES = {"trl": (24, 12), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64), "laptop": (64, 64)}
+BATCHES = {"trl": (24, 12), "trl-1": (12, 3), "ddpo-pytorch": (32, 32), "flow-grpo": (64, 64), "laptop": (64, 64)}
 
 
 def tokenizer(folder):
@@ -249,7 +250,7 @@ def main():
     parser.add_argument("--leaderboard", nargs="*", choices=leaderboard.GOALS, help="train with TRL alone, on these "
                         "rewards or all, and add its rows to experiments/leaderboard.csv")
     a = parser.parse_args()
-    settings = make_settings(**COMMON, **CONVERSIONS[a.conversion])
+    settings = make_settings(**{**COMMON, **CONVERSIONS[a.conversion]})
     settings = replace(settings, epochs=a.epochs or settings.epochs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
