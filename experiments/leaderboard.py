@@ -32,10 +32,12 @@ from ddpo_min.scorer import make_scorer
 from ddpo_min.settings import Settings
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
-ENTRIES = {"ddpo_is": "", "ddpo_is, all steps": "--timestep-fraction 1",
-           **{name: f"--algorithm {name}" for name in ("ddpo_sf", "rwr", "rwr_sparse", "awm", "nft", "ram")}}
+# The presets end where the second goal is near; with more epochs it is time that decides
+ENTRIES = {"ddpo_is": "--epochs 12", "ddpo_is, all steps": "--timestep-fraction 1 --epochs 12",
+           **{name: f"--algorithm {name} --epochs {epochs}" for name, epochs in dict(
+               ddpo_sf=12, rwr=8, rwr_sparse=8, awm=10, nft=10, ram=10).items()}}
 PLAIN = Settings()      # every entry is measured on what the preset laptop draws, however it draws in training
-FIXED = {"weights", "init_lora", "resume", "auto_resume", "out", "seed", "reward", "keep_every", "device",
+FIXED = {"weights", "init_lora", "resume", "auto_resume", "out", "seed", "reward", "keep_every", "device", "compile",
          *sections()["Evaluation"], *sections()["Reward models"]}
 
 

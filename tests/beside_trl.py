@@ -274,6 +274,8 @@ def main():
         apart = abs(mean[i] - other[i]) / np.hypot(std[i], spread[i])
         print(f"epoch {i + 1}: TRL {mean[i]:.3f} +- {std[i]:.3f}, train.py {other[i]:.3f} +- {spread[i]:.3f}, "
               f"{apart:.1f} deviations apart")
+    for side, rewards in zip(("TRL", "train.py"), both):
+        print(f"last epoch of each seed, {side}: " + ", ".join(f"{x:.2f}" for x in rewards[:, -1]))
 
 
 if __name__ == "__main__":

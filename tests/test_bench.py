@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the same work on both sides, and as many operations as there are."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""On a GPU: what it draws is the CPU's, the first ratio is 1, and a run comes back exactly. Skipped without one."""
+"""On a GPU: what it draws is the CPU's, the first ratio is 1, and a run comes back. Skipped without one."""
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import sample
@@ -35,7 +36,7 @@ def draw(device, dtype=torch.float32, guidance=1.0, count=8):
     return sample_trajectories(policy, ["a fox", "a cat"] * (count // 2), range(count), cut(count, 4), keep="images")
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.02), (torch.bfloat16, 0.3), (torch.float16, 0.05)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.02), (torch.bfloat16, 0.15), (torch.float16, 0.05)])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_gpu_draws_the_pictures_of_the_cpu(dtype, bound, guidance):
     ours, theirs = draw(GPU, dtype, guidance), draw("cpu", guidance=guidance)
@@ -55,16 +56,24 @@ def test_the_first_ratio_is_1(more, tmp_path):
         assert line["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo_sf", "rwr", "rwr_sparse", "awm", "nft", "ram"])
-def test_every_algorithm_runs_there_as_on_the_cpu(algorithm, tmp_path):
-    """The first epoch's rewards and gradient are the CPU's, but for rounding."""
-    lines = {}
-    for device in (GPU, "cpu"):
-        train.main(arguments(SHIPPED, tmp_path / device, "--algorithm", algorithm, "--device", device, "--reward",
-                             "clip", "--updates", "1", "--normalise", "epoch", epochs=1))
-        lines[device], = metrics(tmp_path / device)
-    assert lines[GPU]["reward_mean"] == pytest.approx(lines["cpu"]["reward_mean"], abs=2e-3)
-    assert lines[GPU]["grad_norm"] == pytest.approx(lines["cpu"]["grad_norm"], rel=0.1)
+@pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "rwr", "rwr_sparse", "awm", "nft", "ram"])
+def test_every_algorithm_learns_there_what_it_learns_on_the_cpu(algorithm, tmp_path):
+    """The first epoch's rewards, and the direction and length of its gradient, are the CPU's but for rounding.
+
+    One optimizer step without momentum or weight decay, so large an eps that AdamW's step is the gradient's direction.
+    """
+    lines, changes = {}, {}
+    for name, device in dict(there=GPU, here="cpu").items():
+        train.main(arguments(SHIPPED, tmp_path / name, "--algorithm", algorithm, "--device", device, "--reward",
+                             "clip", "--updates", "1", "--normalise", "epoch", "--adam-eps", "1e3", "--lr", "1",
+                             "--weight-decay", "0", "--inner-epochs", "1", epochs=1))
+        lines[name], = metrics(tmp_path / name)
+        lora = load_file(tmp_path / name / "lora.safetensors")
+        changes[name] = torch.cat([lora[part].double().flatten() for part in sorted(lora) if "lora_B" in part])
+    assert lines["there"]["reward_mean"] == pytest.approx(lines["here"]["reward_mean"], abs=2e-3)
+    assert lines["there"]["grad_norm"] == pytest.approx(lines["here"]["grad_norm"], rel=0.1)
+    assert changes["here"].norm() > 0
+    assert torch.cosine_similarity(changes["there"], changes["here"], dim=0) > 0.95
 
 
 def test_a_resumed_run_goes_on_with_the_same_samples(tmp_path):
@@ -80,9 +89,12 @@ def test_a_resumed_run_goes_on_with_the_same_samples(tmp_path):
     assert [line["reward_mean"] for line in first] == pytest.approx([line["reward_mean"] for line in second], rel=1e-3)
 
 
-def test_a_lora_of_the_gpu_draws_on_the_cpu(tmp_path):
-    train.main(arguments(SHIPPED, tmp_path / "run", "--device", GPU, epochs=1))
-    for device in (GPU, "cpu"):
-        sample.main(["--lora", str(tmp_path / "run" / "lora.safetensors"), "--prompt", "a fox", "--num", "2",
-                     "--device", device, "--out", str(tmp_path / device)])
-    assert len(list((tmp_path / "cpu").glob("*.png"))) == len(list((tmp_path / GPU).glob("*.png"))) > 0
+def test_a_lora_of_the_gpu_draws_the_same_on_the_cpu(tmp_path):
+    train.main(arguments(SHIPPED, tmp_path / "run", "--device", GPU, "--lr", "0.03", epochs=1))
+    lora, drawn = str(tmp_path / "run" / "lora.safetensors"), {}
+    for name, device, scale in (("there", GPU, "1"), ("here", "cpu", "1"), ("without", "cpu", "0")):
+        sample.main(["--lora", lora, "--scale", scale, "--prompt", "a fox", "--num", "2", "--device", device, "--out",
+                     str(tmp_path / name)])
+        drawn[name] = np.stack([Image.open(tmp_path / name / f"000{i}.png") for i in range(2)]).astype(float)
+    assert np.abs(drawn["there"] - drawn["here"]).mean() < 1
+    assert np.abs(drawn["without"] - drawn["here"]).mean() > 3
