@@ -57,7 +57,7 @@ EXPERIMENTS = dict(
         f"{n} epochs": f"--algorithm rwr --epochs {n} --samples {2048 // n} --updates {32 // n} --inner-epochs 4"
         for n in (1, 2, 4, 8)}),
     # How often the same pictures are used: minibatches, and passes over them
-    reuse=Experiment(60, {
+    reuse=Experiment(90, {
         **{f"{n} minibatches": f"--updates {n}" for n in (1, 2, 4, 8, 16)},
         "2 passes": "--inner-epochs 2", "4 passes": "--inner-epochs 4",
         "4 passes, no clipping": "--inner-epochs 4 --clip-range 1000"}),
