@@ -33,6 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import rater  # noqa: E402
 import world  # noqa: E402
 from classifiers import Classifier, PatchClassifier, spoiled, to_float  # noqa: E402
+from ddpo_min.device import keep_freed_memory  # noqa: E402
 from ddpo_min.files import atomic  # noqa: E402
 from ddpo_min.schedule import alphas_cumprod  # noqa: E402
 from ddpo_min.text import TextConfig, TextEncoder, tokenize  # noqa: E402
@@ -443,6 +444,8 @@ def main():
     parser.add_argument("--stop-at", type=int, help="end each stage after this step, to go on later")
     parser.add_argument("--check", action="store_true", help="say whether this machine would make the same model")
     args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()
     if args.check:
         return check(args)
     args.command = "python weights/pretrain.py" + "".join(
