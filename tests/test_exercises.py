@@ -58,6 +58,7 @@ def test_the_page_and_the_patches_belong_together():
     assert {path.name for path in EXERCISES.glob("*.patch")} == {f"{number}.patch" for number in numbers}
     for number, section in SECTIONS:
         assert f"git apply tutorial/exercises/{number}.patch" in section
+        assert f"]({number}.webp)" in section and (EXERCISES / f"{number}.webp").is_file()
         assert re.findall(r"<summary>(.*?)</summary>", section) == ["Hint 1", "Hint 2", "Hint 3", "Answer"]
         assert section.count("<details>") == section.count("</details>") == 4
         changed = re.findall(r"^[-+](?![-+])", (EXERCISES / f"{number}.patch").read_text(), re.M)

@@ -97,6 +97,8 @@ def draw(number, runs):
         axes[label].imshow(Image.open(HERE / "rows" / f"{name}.webp"))
         axes[label].set(ylabel=label, xticks=[], yticks=[])
     for panel in PANELS:
+        logged = panel == "reward" or any(panel in line for _, lines in runs.values() for line in lines)
+        axes[panel].set_visible(logged)     # the distance to the base is logged with a penalty on it alone
         axes[panel].set(title=panel, xlabel="denoising step" if panel.endswith("by_step") else "epoch")
         axes[panel].xaxis.get_major_locator().set_params(integer=True)
         axes[panel].grid(alpha=0.3)
