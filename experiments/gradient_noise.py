@@ -113,7 +113,7 @@ def learner_of(seed, weights=SHIPPED):
 
 
 def main():
-    rows = [row for row in read_rows("gradient_noise") if row["seed"] in SEEDS]
+    rows = read_rows("gradient_noise")
     for seed in SEEDS:
         if seed not in {row["seed"] for row in rows}:       # a seed that was interrupted begins anew
             rows += [row for T in STEPS for row in rows_of(seed, T)]

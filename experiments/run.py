@@ -89,9 +89,11 @@ def missing(name):
     return [(run, seed) for run in EXPERIMENTS[name].runs for seed in SEEDS if (run, seed) not in kept]
 
 
-def finished(script):
-    """Whether a script's numbers are kept, of all seeds if it has seeds."""
-    rows = read_rows(script)
+def finished(name):
+    """Whether the numbers of an experiment or a script are kept, of all runs and seeds."""
+    if name in EXPERIMENTS:
+        return not missing(name)
+    rows = read_rows(name)
     return bool(rows) and ("seed" not in rows[0] or {row["seed"] for row in rows} >= set(SEEDS))
 
 

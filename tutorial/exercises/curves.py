@@ -17,13 +17,13 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-from ddpo_min.files import run_script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ddpo_min.files import run_script
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
+HERE = Path(__file__).resolve().parent
 PANELS = ["reward", "loss", "grad_norm", "approx_kl", "clip_fraction", "clip_fraction_by_step", "max_ratio_error",
           "kl_to_base"]
 COLUMNS = ["run", "epoch", "reward_mean", "held_out", *PANELS[1:]]
