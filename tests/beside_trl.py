@@ -3,7 +3,7 @@
     pip install trl==0.23.1 transformers==4.56.2 diffusers==0.35.2 peft==0.17.1 "accelerate<1.12"
     python tests/beside_trl.py trl              # or trl-1, ddpo-pytorch, flow-grpo: those of docs/coming_from.md
     python tests/beside_trl.py trl --update
-    python tests/beside_trl.py --leaderboard    # of some rewards alone: --leaderboard jpeg clip
+    python tests/beside_trl.py --leaderboard    # of some rewards alone: --leaderboard jpeg clip; also with --lr 1e-3
 
 In an environment of its own, with this project's packages, too: later versions of TRL have no DDPOTrainer. Prints a
 line for each epoch with the mean reward of its samples (minus the JPEG size in kB): both sides' mean and deviation over
@@ -224,11 +224,12 @@ def add_to_the_leaderboard(folder, settings, entry, *batches):
     for seed in leaderboard.missing(settings.reward, entry, settings.epochs):
         print(f"{settings.reward}: {entry}, seed {seed}", flush=True)
         trainer, _ = trainer_of(folder, replace(settings, seed=seed), *batches)
-        step, costs, loras = 0, [(0, 0.0)], []
+        step, costs, loras = 0, [dict(epoch=0, queries=0, seconds=0.0)], []
         for epoch in range(settings.epochs):        # as trainer.train() does
             began = time.perf_counter()
             step = trainer.step(epoch, step)
-            costs.append(((epoch + 1) * settings.samples, costs[-1][1] + time.perf_counter() - began))
+            costs.append(dict(epoch=epoch + 1, queries=(epoch + 1) * settings.samples,
+                              seconds=costs[-1]["seconds"] + time.perf_counter() - began))
             kept = folder / f"{settings.reward}-{seed}-{epoch}"
             trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], None, kept)
             loras.append(kept / "pytorch_lora_weights.safetensors")
@@ -244,14 +245,17 @@ def ours(folder, settings, *batches):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("conversion", nargs="?", choices=CONVERSIONS, default="laptop")
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="of a conversion, or 16 for the leaderboard")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--clip-range", type=float)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--update", action="store_true", help="compare updates and log-probabilities instead")
     parser.add_argument("--leaderboard", nargs="*", choices=leaderboard.GOALS, help="train with TRL alone, on these "
                         "rewards or all, and add its rows to experiments/leaderboard.csv")
     a = parser.parse_args()
     settings = make_settings(**{**COMMON, **CONVERSIONS[a.conversion]})
-    settings = replace(settings, epochs=a.epochs or settings.epochs)
+    settings = replace(settings, epochs=a.epochs or (settings.epochs if a.leaderboard is None else 16),
+                       lr=a.lr or settings.lr, clip_range=a.clip_range or settings.clip_range)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder)
@@ -262,7 +266,9 @@ def main():
         if a.leaderboard is not None:
             torch.set_num_threads(2)        # the two cores of its rules
             rewards = a.leaderboard or list(leaderboard.GOALS)
-            entry = f"TRL {version('trl')}" + f", {a.conversion}" * (a.conversion != "laptop")
+            own = {a.conversion: a.conversion != "laptop", f"--lr {a.lr}": a.lr,
+                   f"--clip-range {a.clip_range}": a.clip_range}
+            entry = ", ".join([f"TRL {version('trl')}", *(text for text, given in own.items() if given)])
             for reward in rewards:
                 add_to_the_leaderboard(folder, replace(settings, reward=reward), entry, *BATCHES[a.conversion])
             return leaderboard.overview(rewards)

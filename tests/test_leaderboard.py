@@ -18,6 +18,7 @@ import run
 
 from ddpo_min import cli
 from ddpo_min.files import InputError
+from ddpo_min.settings import PRESETS
 
 pytestmark = pytest.mark.usefixtures("plain_curve")
 
@@ -114,7 +115,10 @@ def test_the_page_says_whether_anything_was_run():
 def test_every_standing_entry_is_accepted_with_its_preset(reward):
     for entry in leaderboard.ENTRIES:
         settings = leaderboard.settings_of(reward, entry)
-        algorithm = entry.partition(",")[0]
+        algorithm, _, how = entry.partition(", ")
+        if "limits" in how:
+            theirs = PRESETS[f"sd_lora_{algorithm}"].items() - PRESETS["sd_lora"].items()
+            assert len(theirs) >= 3 and theirs <= vars(settings).items()
         assert (settings.algorithm, settings.reward, settings.weights) == (algorithm, reward, "")
         assert settings.preset == ("laptop" if algorithm == "ddpo_is" else f"laptop_{algorithm}")
     assert leaderboard.settings_of(reward, "ddpo_is, all steps").timestep_fraction == 1
@@ -194,7 +198,9 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
         return capsys.readouterr().out.strip().splitlines()
 
     with pytest.raises(InputError, match="jpeg: ddpo_is, seed 1 has stopped; the same command goes on with it"):
-        lead("jpeg")
+        lead("jpeg", "ddpo_is")
+    assert len(calls) == 3 and len(asked) == 2 * 9      # seed 2 was not kept waiting
+    capsys.readouterr()
     lead("jpeg", "ddpo_is")
     said = lead("jpeg", "--algorithm awm --lr 2e-3")
     assert [text.split(" | ")[1] for text in said if text.startswith("|")] == ["`--algorithm awm --lr 2e-3`", "ddpo_is"]
@@ -202,7 +208,7 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
     lead("jpeg", "--algorithm", "awm")      # a standing entry by its arguments
     before = len(calls)
     said = lead("jpeg") + lead("jpeg", "--algorithm", "awm", "--lr", "2e-3") + lead()
-    assert len(calls) == before == 10 and calls[2] == calls[1]
+    assert len(calls) == before == 10 and calls[3] == calls[1]
     assert "missing: TRL (see --help)" in said and said[-1].startswith("missing: ddpo_is (3 of 3 runs), awm (3 of 3 ")
     assert shlex.join(calls[4][:-3]) == "--algorithm awm --lr 2e-3 --reward jpeg --seed 0 --keep-every 1 --device cpu"
     assert all(call[-3:-1] == ["--auto-resume", "--out"] for call in calls)
@@ -210,7 +216,7 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
     rows, kept = results.read_rows("leaderboard"), {"ddpo_is": 8, "awm": 5, "--algorithm awm --lr 2e-3": 5}
     assert [(row["run"], row["seed"], row["epoch"]) for row in rows] == [
         (f"jpeg: {entry}", seed, epoch) for entry in kept for seed in (0, 1, 2) for epoch in range(kept[entry] + 1)]
-    assert rows[1] == dict(run="jpeg: ddpo_is", seed=0, epoch=1, queries=200, seconds=40, held_out=-1.98,
+    assert rows[1] == dict(run="jpeg: ddpo_is", seed=0, epoch=1, queries=200, seconds=40, reward=-2, held_out=-1.98,
                            held_out_recognised=0.9)
     assert asked[0] is None and [file.name for file in asked[1:9]] == [f"lora_000{n}.safetensors" for n in range(1, 9)]
     assert str(asked[1].parent) == calls[0][-1]
