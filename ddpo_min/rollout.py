@@ -58,12 +58,13 @@ def sample_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None):
+def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, noise_of=None):
     """Draw a picture for each prompt and keep how it came about.
 
     prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
     to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
-    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn.
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn; noise_of:
+    in place of sample_noise().
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -77,7 +78,7 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]
     row, count = torch.zeros(len(prompts), dtype=torch.int64), 0
     for samples in micro_batches:
-        noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
+        noise = (noise_of or sample_noise)(seeds[samples], T, (4, height, width)).to(**place)
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
         for i in range(T):
             x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep == "path")

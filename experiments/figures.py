@@ -32,7 +32,7 @@ def curve(axes, rows, run, color, label, of="reward", against="queries"):
     x, y = column(rows, run, against), column(rows, run, of)
     kept = ~np.isnan(y).any(axis=0)
     axes.plot(x[:, kept].T, y[:, kept].T, color=color, linewidth=0.7, alpha=0.5)
-    axes.plot(x[0, kept], y[:, kept].mean(0), color=color, marker="o", markersize=3, label=label)
+    axes.plot(x[:, kept].mean(0), y[:, kept].mean(0), color=color, marker="o", markersize=3, label=label)
 
 
 def ends(rows, run, name="held_out"):
@@ -177,17 +177,27 @@ def generalisation(rows):
     save(figure, "generalisation")
 
 
+def last_good(shares):
+    """The epoch before the first at which less than 95% of what was recognised at first is; the last if none is."""
+    bad = np.flatnonzero(shares < 0.95 * shares[0])
+    return bad[0] - 1 if len(bad) else len(shares) - 1
+
+
 def overoptimisation(rows):
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4))
+    """The samples of each epoch; the table has the mean of the seeds, each at its last good epoch, and at the end."""
+    figure, panels = plt.subplots(1, 4, figsize=(17, 4))
     for color, run in zip(COLORS, runs_of(rows)):
-        for axes, of in zip(panels, ("reward", "rule", "recognised")):
-            curve(axes, rows, run, color, run, of, "epoch")
-        recognised = column(rows, run, "recognised")[:, :-1].mean(0)
-        good = np.flatnonzero(recognised >= 0.95 * recognised[0])[-1]
-        yield line(run, *(f"{column(rows, run, of)[:, :-1].mean(0)[at]:.2f}" for at in (good, -1)
-                          for of in ("reward", "rule", "recognised")), str(good))
-    for axes, label in zip(panels, ("learned reward", "the rule that it stands for", "share recognised")):
-        axes.set(xlabel="epoch", ylabel=label)
+        for axes, of in zip(panels, ("reward", "uncut", "recognised", "recognised")):
+            curve(axes, rows, run, color, run, of, "reward" if axes is panels[3] else "epoch")
+        values = {of: column(rows, run, of)[:, :-1] for of in ("reward", "uncut", "recognised", "kl_to_base")}
+        epochs, seeds = values["reward"].shape[1], range(len(values["reward"]))
+        good = [last_good(shares) for shares in values["recognised"]]
+        yield line(run, ", ".join(str(n) if n < epochs - 1 else "-" for n in good),
+                   *(f"{values[of][seeds, at].mean():.2g}" if of == "kl_to_base" else
+                     f"{values[of][seeds, at].mean():.2f}" for at in (good, epochs - 1) for of in values))
+    for axes, (x, y) in zip(panels, (("epoch", "learned reward"), ("epoch", "the rule that it stands for, uncut"),
+                                     ("epoch", "share recognised"), ("learned reward", "share recognised"))):
+        axes.set(xlabel=x, ylabel=y)
         legend(axes)
     save(figure, "overoptimisation")
 
@@ -228,28 +238,26 @@ def gradient_noise(rows):
         yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
                    f"{slope(T, seeds.mean(1)):.2f}")
     panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
-    for run in runs_of([row for row in rows if row["run"].startswith("awm")]):
+    for run in runs_of([row for row in rows if row["run"].startswith("awm") and row["run"].endswith("timesteps")]):
         own = np.array([row["signal_to_noise"] for row in rows if row["run"] == run and row["batch"] == 64])
         yield line(run, plus_minus(own, 3, sign=False))
-    for run in runs_of([row for row in rows if "after" in row["run"]]):
-        own = column(rows, run, "cosine")[:, 0]
-        yield line(run, plus_minus(own, 3, sign=False))
+    for run in runs_of([row for row in rows if "cosine" in row and not np.isnan(row["cosine"])]):
+        cosine, *moved = (column(rows, run, name)[:, 0] for name in ("cosine", "approx_kl", "clip_fraction"))
+        yield line(run, plus_minus(cosine, 3, sign=False), *(f"{x.mean():.2g}" for x in moved if not np.isnan(x[0])))
     legend(panels[0])
     legend(panels[1])
     save(figure, "gradient_noise")
 
 
 def windows(rows):
-    """Beside them: the default, and noise in all steps but training on the first or last four alone."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    settings = read_rows("settings") if finished("settings") else []
-    rows = [row for row in settings if row["run"] in ("default", "first 4 steps", "last 4 steps")] + [
-        dict(row, run=f"noise in {row['run']}") for row in rows]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     for color, run in zip(COLORS, runs_of(rows)):
-        curve(axes, rows, run, color, run, against="seconds")
+        for axes, of in zip(panels, ("held_out", "held_out_recognised")):
+            curve(axes, rows, run, color, run, of, "seconds")
         yield line(run, *changed(rows, run), f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
-    axes.set(xlabel="seconds of sampling and training", ylabel="mean reward of the samples: minus kB")
-    legend(axes)
+    for axes, label in zip(panels, ("reward on held-out seeds: minus kB", "share recognised")):
+        axes.set(xlabel="seconds of sampling and training", ylabel=label)
+        legend(axes)
     save(figure, "windows")
 
 

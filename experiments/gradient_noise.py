@@ -1,15 +1,19 @@
 """How noisy is DDPO's gradient? Its signal-to-noise ratio against the batch and the number of denoising steps T.
 
-    python experiments/gradient_noise.py      45 minutes on 2 CPU cores; writes gradient_noise.csv
+    python experiments/gradient_noise.py      80 minutes on 2 CPU cores; writes gradient_noise.csv, a seed at a time
 
 For one sample n with advantage A_n the estimate of the gradient is g_n = sum_i A_n d log p_i. A batch of B of them has
 
     signal-to-noise = |E g|^2 / (E|g_n - E g|^2 / B)
 
 Both expectations are estimated from many small groups of samples, at the untrained model, for the LoRA's gradient.
-The gradient of AWM, whose target is the noise of the finished picture, is measured on the same samples.
-After one optimizer step the same samples are no longer the policy's own. There the importance ratio (IS) is compared
-with doing nothing about it (SF): by the cosine of their mean gradient with that of fresh samples.
+A sample is compared with about 22 others of its prompt, and all denoising steps count: training has fewer of both.
+The gradient of AWM, whose target is the noise of the finished picture, is measured on the same samples: its
+signal-to-noise, and its direction.
+After an epoch's optimizer steps with other samples, and after four passes over these, the measured samples are no
+longer the policy's own. There the importance ratio (IS) is compared with doing nothing about it (SF): by the cosine of
+their expected gradient with that of fresh samples. (The log-probability is a mean over a latent's dimensions, so even
+unclipped the ratio corrects for less than the policy has moved.)
 """
 import sys
 
@@ -22,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update, even_emphasis
+from ddpo_min.device import pick_device
 from ddpo_min.files import run_script
 from ddpo_min.learner import Learner
 from ddpo_min.losses import ddpo_is_loss, ddpo_sf_loss, matching_log_prob
@@ -100,13 +105,19 @@ def measured_noise(g, batch):
 
 
 def cosine(a, b):
-    """Of the mean gradients of two sets of groups."""
-    return torch.cosine_similarity(a.mean(0), b.mean(0), dim=0).item()
+    """Of the expected gradients behind two sets of groups of different samples; nan if one is nothing but noise."""
+    length = signal_and_noise(a)[0] * signal_and_noise(b)[0]
+    return (a.mean(0) @ b.mean(0)).item() / length ** 0.5 if length > 0 else np.nan
+
+
+def cosine_on_the_same(a, b):
+    """The same, where the groups have the same samples: the halves that are multiplied share none."""
+    return (cosine(a[::2], b[1::2]) + cosine(a[1::2], b[::2])) / 2
 
 
 def learner_of(seed, weights=SHIPPED):
     """The shipped model with a new LoRA, and the laptop preset's optimizer."""
-    model, s = load_stable_diffusion(weights, "cpu", torch.float32), Settings()
+    model, s = load_stable_diffusion(weights, pick_device("cpu"), torch.float32), Settings()
     return Learner(model, trainable="lora", rank=s.rank, init_lora="", seed=seed,
                    statistics=PromptStatistics(s.prompt_buffer, s.prompt_minimum), lr=s.lr, betas=(s.beta1, s.beta2),
                    eps=s.adam_eps, weight_decay=s.weight_decay, grad_clip=s.grad_clip)
@@ -140,25 +151,41 @@ def rows_of(seed, T):
             rows.append(dict(run=name, seed=seed, T=T, batch=batch, signal=signal, noise=noise / batch,
                              measured_noise=measured_noise(g, batch), signal_to_noise=signal * batch / noise))
     if T == Settings.steps:
-        rows += after_a_step(learner, policy, trajectories, advantages, emphases["even"], seed)
+        rows += [dict(run=f"{name}: direction", seed=seed, T=T, cosine=cosine_on_the_same(measured["even"], g))
+                 for name, g in measured.items() if name.startswith("awm")]
+        rows += after_updates(learner, policy, trajectories, advantages, emphases["even"], seed)
     return rows
 
 
-def after_a_step(learner, policy, trajectories, advantages, emphasis, seed):
-    """The same samples after one optimizer step with others: SF and IS against fresh samples."""
-    T, parameters, even = len(policy.steps), learner.optimizer.parameters, dict(even=emphasis)
-    others, A = draw(policy, seed, 1, MINIBATCH)
-    ddpo_update(policy, learner.optimizer, others, A, np.random.default_rng(seed), emphasis=emphasis,
-                plan=Plan(MINIBATCH, 1, MINIBATCH, range(T)), clip_range=Settings.clip_range)
-    old = gradients(policy, parameters, trajectories, advantages, list(LOSSES), even)
-    true, again = (gradients(policy, parameters, *draw(policy, seed, epoch), ["SF"], even)["SF", "even"]
-                   for epoch in (2, 3))
-    rows = [dict(run="after a step: fresh samples", seed=seed, T=T, cosine=cosine(true, again))]
-    for (loss, _), g in old.items():
-        signal, noise = signal_and_noise(g)
-        rows.append(dict(run=f"after a step: {loss}", seed=seed, T=T, signal=signal, noise=noise,
-                         cosine=cosine(g, true)))
+def after_updates(learner, policy, trajectories, advantages, emphasis, seed):
+    """The same samples after 4 optimizer steps with others, and after 12 more: SF and IS against fresh samples."""
+    T, parameters, even, rows = len(policy.steps), learner.optimizer.parameters, dict(even=emphasis), []
+    (others, A), rng, updates = draw(policy, seed, 1, Settings.samples), np.random.default_rng(seed), Settings.updates
+    for passes in (1, 3):
+        ddpo_update(policy, learner.optimizer, others, A, rng, emphasis=emphasis, clip_range=Settings.clip_range,
+                    plan=Plan(Settings.samples, Settings.updates, MINIBATCH, range(T), inner_epochs=passes))
+        moved = how_far(policy, trajectories)
+        old = gradients(policy, parameters, trajectories, advantages, list(LOSSES), even)
+        fresh = gradients(policy, parameters, *draw(policy, seed, 1 + passes), ["SF"], even)["SF", "even"]
+        for (loss, _), g in old.items():
+            signal, noise = signal_and_noise(g)
+            rows.append(dict(run=f"after {updates} steps: {loss}", seed=seed, T=T, signal=signal, noise=noise,
+                             cosine=cosine(g, fresh), **moved))
+        updates += 3 * Settings.updates
     return rows
+
+
+@torch.no_grad()
+def how_far(policy, trajectories):
+    """What docs/metrics.md calls approx_kl and clip_fraction, of all samples and steps."""
+    differences = []
+    for samples in micro_batches(0, len(trajectories.row), MINIBATCH):
+        for i in range(len(policy.steps)):
+            x_t, x_prev, log_p_old, context = trajectories.at(samples, i)
+            differences.append(policy.log_prob(x_prev, x_t, i, context)[0] - log_p_old)
+    log_ratio = torch.cat(differences)
+    return dict(approx_kl=0.5 * log_ratio.square().mean().item(),
+                clip_fraction=(log_ratio.exp() - 1).abs().gt(Settings.clip_range).float().mean().item())
 
 
 if __name__ == "__main__":

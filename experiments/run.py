@@ -24,7 +24,7 @@ from ddpo_min.files import InputError, run_main
 SEEDS = (0, 1, 2)
 WATCH = ("--watch", "clip,experiments/judges.py:recognised")
 FIRST_HALF = "--prompts experiments/prompts/first_half.txt --eval-prompts animals"
-RULE = ("--watch", "weights/rater.py:rule,experiments/judges.py:recognised")
+RULE = ("--watch", "weights/rater.py:rule,weights/rater.py:uncut,experiments/judges.py:recognised")
 
 
 class Experiment(NamedTuple):
@@ -67,15 +67,16 @@ EXPERIMENTS = dict(
                                    for others, arguments in {"other animals": FIRST_HALF,
                                                              "activities": "--eval-prompts activities",
                                                              "counting": "--eval-prompts counting"}.items()}),
-    # A learned reward followed too far, and what a KL penalty does
-    overoptimisation=Experiment(70, {f"KL weight {weight}": f"--reward aesthetic --epochs 24 --kl-weight {weight}"
-                                     for weight in (0, 0.01, 0.03)}, watch=RULE),
+    # A learned reward followed too far, and what a KL penalty does; 1e-9 does nothing, but the KL is logged
+    overoptimisation=Experiment(95, {
+        f"KL weight {weight}": f"--reward aesthetic --epochs 24 --kl-weight {weight or 1e-9}"
+        for weight in (0, 0.003, 0.01, 0.03)}, watch=RULE),
     # The comparison with DPOK: one prompt each, in this world's words
     dpok=Experiment(30, {name: f"--reward clip --prompts experiments/prompts/{name}.txt"
                          for name in ("colour", "count", "composition", "location")},
                     watch=("--watch", "experiments/judges.py:recognised")),
 )
-SCRIPTS = dict(gradient_noise=45, windows=25, guided_sampler=17, scaling=9)      # programs, and their minutes
+SCRIPTS = dict(gradient_noise=80, windows=60, guided_sampler=17, scaling=9)      # programs, and their minutes
 
 
 def command_of(experiment, run, seed):
@@ -94,7 +95,8 @@ def finished(name):
     if name in EXPERIMENTS:
         return not missing(name)
     rows = read_rows(name)
-    return bool(rows) and ("seed" not in rows[0] or {row["seed"] for row in rows} >= set(SEEDS))
+    return bool(rows) and ("seed" not in rows[0] or all(
+        {row["seed"] for row in rows if row["run"] == own} >= set(SEEDS) for own in runs_of(rows)))
 
 
 def rows_elsewhere(settings, seed):

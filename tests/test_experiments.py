@@ -145,7 +145,9 @@ def fake_rows(name):
                           signal_to_noise=2.0 * b / 100 / T) for s in range(3) for T in (4, 8, 16) for b in (8, 64)]
         rows += [dict(run="awm, 2 timesteps", seed=s, T=8, batch=b, signal_to_noise=b * (s + 1)) for s in range(3)
                  for b in (8, 64)]
-        return rows + [dict(run="after a step: IS", seed=s, T=8, cosine=0.5 + s / 10) for s in range(3)]
+        rows += [dict(run="awm, 2 timesteps: direction", seed=s, T=8, cosine=0.25) for s in range(3)]
+        return rows + [dict(run="after 4 steps: IS", seed=s, T=8, cosine=0.5 + s / 10, approx_kl=2e-4 * s,
+                            clip_fraction=0.125) for s in range(3)]
     if name == "guided_sampler":
         return [dict(run=f"scale {scale}", seed=s, scale=scale, held_out=6 + scale, held_out_rule=5, seconds=18 + scale,
                      held_out_recognised=0.9 - scale / 10) for scale in (0, 1, 2) for s in range(3)] + [
@@ -153,7 +155,7 @@ def fake_rows(name):
             for s in range(3)]
     if name == "windows":
         return [dict(run=own, seed=s, epoch=e, seconds=e * 9 * (s + 1), reward=-3 + e / 10, held_out=-4 + e / 10,
-                     held_out_recognised=0.9 - e / 10) for own in windows.WINDOWS for s in range(3) for e in range(3)]
+                     held_out_recognised=0.9 - e / 10) for own in windows.WAYS for s in range(3) for e in range(3)]
     if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step, or 100 us a pixel
         return [dict(run=own, samples=128, steps=8, size=64, processes=1, **cost) | {own: value}
                 for own, values in scaling.VALUES.items() for value in values for cost in [dict(
@@ -164,8 +166,8 @@ def fake_rows(name):
             for epoch in range(4):
                 row = dict(run=own, seed=seed, epoch=epoch, queries=epoch * 256, seconds=epoch * 15)
                 if epoch < 3:
-                    row.update(reward=-3 + 0.1 * epoch, recognised=0.9 - 0.02 * epoch, rule=epoch, clip_fraction=0.25,
-                               approx_kl=1e-4 * (epoch + 1))
+                    row.update(reward=-3 + 0.1 * epoch, recognised=0.9 - 0.02 * epoch * seed, uncut=epoch,
+                               clip_fraction=0.25, approx_kl=1e-4 * (epoch + 1), kl_to_base=0.01 * epoch)
                 if epoch in (0, 3):
                     row.update(held_out=-4 + epoch * (1 + seed) / 10, held_out_recognised=0.9 - epoch / 10)
                 rows.append(row)
@@ -188,14 +190,15 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
     assert first == "| `--reward jpeg` | 4.000 -> 3.700, 3.400, 3.100 kB | -15.0 ± 4.3% | 66.7% | 0.8 |"
     assert tables["reuse"][0] == "| 1 minibatches | +15.0 ± 4.3% | 66.7% | 0.25 | 3.0e-04 |"
     assert tables["generalisation"][0] == "| jpeg, other animals | +6.7 ± 0.0% | +15.0 ± 4.3% | 66.7% |"
-    # 0.86 of 0.9 are recognised at epoch 2, 0.88 at epoch 1: 95% of 0.9 is 0.855
-    assert tables["overoptimisation"][0] == "| KL weight 0 | -2.80 | 2.00 | 0.86 | -2.80 | 2.00 | 0.86 | 2 |"
+    # of seed 2 0.82 of 0.9 are recognised at epoch 2, 0.86 at epoch 1, of seed 1 0.86 at epoch 2: 95% of 0.9 is 0.855
+    assert tables["overoptimisation"][0] == (
+        "| KL weight 0 | -, -, 1 | -2.83 | 1.67 | 0.87 | 0.017 | -2.80 | 2.00 | 0.86 | 0.02 |")
     assert tables["gradient_noise"] == ["| `--step-weights even` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| `--step-weights paper` | 0.320 | 0.160 | 0.080 | -1.00 |",
                                         "| awm, 2 timesteps | 128.000 ± 36.950 |",
-                                        "| after a step: IS | 0.600 ± 0.058 |"]
-    assert tables["windows"][0] == tables["settings"][0] and len(tables["windows"]) == 6
-    assert tables["windows"][3] == "| noise in 4 steps, moving | +5.0 ± 0.0% | 77.8% | 0.6 |"
+                                        "| awm, 2 timesteps: direction | 0.250 ± 0.000 |",
+                                        "| after 4 steps: IS | 0.600 ± 0.058 | 0.0002 | 0.12 |"]
+    assert tables["windows"][4] == "| noise in 4, moving | +5.0 ± 0.0% | 77.8% | 0.6 |" and len(tables["windows"]) == 6
     assert tables["scaling"][3] == "| 512 | 8 | 64 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
                                             "| DDPO | 7.00 | 8.00 | 60.0% | 0.100, and 45 of training |"]
@@ -206,7 +209,7 @@ def test_a_script_of_which_a_seed_is_missing_goes_on_and_has_no_figure_yet(elsew
     results.write_rows("gradient_noise", [row for row in rows if row["seed"] != 1])
     assert figures.tables() == {} and not list(elsewhere.glob("*.png"))
     run.overview()
-    assert re.search(r"gradient_noise +45 minutes +missing", capsys.readouterr().out)
+    assert re.search(r"gradient_noise +80 minutes +missing", capsys.readouterr().out)
     monkeypatch.setattr(gradient_noise, "rows_of", lambda seed, T: (
         measured.append((seed, T)), [row for row in rows if (row["seed"], row["T"]) == (seed, T)])[1])
     monkeypatch.setattr(gradient_noise, "STEPS", (4, 8, 16))
@@ -214,7 +217,7 @@ def test_a_script_of_which_a_seed_is_missing_goes_on_and_has_no_figure_yet(elsew
     assert measured == [(1, 4), (1, 8), (1, 16)] and len(results.read_rows("gradient_noise")) == len(rows)
     assert figures.tables().keys() == {"gradient_noise"}
     run.overview()
-    assert re.search(r"gradient_noise +45 minutes +done", capsys.readouterr().out)
+    assert re.search(r"gradient_noise +80 minutes +done", capsys.readouterr().out)
 
 
 def test_an_experiment_with_a_run_missing_has_no_figure_yet(elsewhere, monkeypatch):
@@ -330,14 +333,48 @@ def test_reinforce_in_one_pass_is_ddpo_sfs_update(tiny_file, guidance):
 
 def test_a_window_of_all_steps_is_what_train_does(tiny_file, tmp_path):
     learner = gradient_noise.learner_of(3, tiny_file)
-    rewards, _ = zip(*windows.train(learner, 3, [range(8)] * 2, samples=16))
+    logged = list(windows.train(learner, 3, windows.Way(epochs=2, fraction=0.75), samples=16))
     theirs = train.train(cli.make_settings(weights=str(tiny_file), preset="laptop", seed=3, epochs=2, samples=16,
-                                           eval_samples=1, timestep_fraction=1.0, out=str(tmp_path / "run")))
-    assert rewards == pytest.approx([line["reward_mean"] for line in theirs.history], rel=1e-6)
+                                           eval_samples=1, timestep_fraction=0.75, out=str(tmp_path / "run")))
+    for own, line in zip(logged, theirs.history, strict=True):
+        assert own["reward"] == pytest.approx(line["reward_mean"], rel=1e-6)
+        assert own["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4) and own["seconds"] > 0
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     wanted = state["learner"]["parameters"]
     for name, p in learner.parameters.items():
         torch.testing.assert_close(p.detach(), wanted[name], rtol=0, atol=1e-6)
+
+
+def test_a_group_shares_its_prompt_and_x_T_and_is_compared_with_itself(tiny_file, monkeypatch):
+    seen, prompts, update, weigh = [], [], windows.ddpo_update, windows.clipped_advantages
+    monkeypatch.setattr(windows, "ddpo_update", lambda policy, optimizer, trajectories, A, rng, *, plan, **how: (
+        seen.append((trajectories, A, plan.steps)),
+        update(policy, optimizer, trajectories, A, rng, plan=plan, **how))[1])
+    monkeypatch.setattr(windows, "clipped_advantages", lambda asked, rewards, **how: (
+        prompts.append(asked), weigh(asked, rewards, **how))[1])
+    learner = gradient_noise.learner_of(3, tiny_file)
+    list(windows.train(learner, 3, windows.Way(epochs=2, window=3, moves=True, trained=2, group=4), samples=16))
+    for (trajectories, advantages, steps), asked, first in zip(seen, prompts, (0, 5)):
+        assert steps == range(first, first + 2)
+        groups = trajectories.latents.unflatten(0, (4, 4))
+        for i in range(9):      # equal in a group until the window's first step, and nowhere between groups
+            same = (groups[:, 0, i] - groups[:, 1, i]).abs().amax((1, 2, 3))
+            assert (same < 1e-4).all() if i <= first else (same > 0.01).all(), (i, same)
+            assert (groups[0, 0, i] - groups[1, 0, i]).abs().max() > 0.1
+        assert np.allclose(advantages.reshape(4, 4).mean(1), 0) and np.allclose(advantages.reshape(4, 4).std(1), 1)
+        assert all(len(set(asked[k:k + 4])) == 1 for k in range(0, 16, 4))
+
+
+def test_windows_are_run_a_seed_at_a_time_and_go_on(elsewhere, monkeypatch):
+    rows, ran = fake_rows("windows"), []
+    stopped = [row for row in rows if row["seed"] < 2 or row["run"] == "the default"]
+    results.write_rows("windows", stopped)
+    assert figures.tables() == {} and not run.finished("windows")
+    monkeypatch.setattr(windows, "rows_of", lambda own, seed: (
+        ran.append((own, seed)), [row for row in rows if (row["run"], row["seed"]) == (own, seed)])[1])
+    windows.main()
+    assert ran == [(own, 2) for own in list(windows.WAYS)[1:]] and run.finished("windows")
+    assert [row["run"] for row in results.read_rows("windows")] == [row["run"] for row in rows]
 
 
 def test_outside_the_window_nothing_is_random():
@@ -352,9 +389,57 @@ def test_outside_the_window_nothing_is_random():
 
 
 def test_the_window_goes_from_the_first_steps_to_the_last():
-    moving = [windows.window_of("2 steps, moving", epoch, 8) for epoch in range(11)]
+    moving = [windows.window_of(windows.WAYS["noise in 2, moving"], epoch) for epoch in range(11)]
     assert moving[0] == range(2) and moving[10] == range(6, 8) and moving[5] == range(3, 5)
-    assert {windows.window_of("the first 4 steps", epoch, 8) for epoch in range(8)} == {range(4)}
+    assert {windows.window_of(windows.WAYS["noise in the first 4"], epoch) for epoch in range(8)} == {range(4)}
+    assert windows.window_of(windows.Way(), 5) == range(8)
+
+
+def test_a_row_of_windows_has_what_its_epoch_began_with(monkeypatch):
+    """Two epochs: three evaluations, and what is logged stands in the row that the epoch begins at."""
+    sizes, logged = iter((-3.0, -2.5, -2.0)), [dict(reward=-3.1, seconds=10.0), dict(reward=-2.6, seconds=20.0)]
+    monkeypatch.setattr(windows, "learner_of", lambda seed: None)
+    monkeypatch.setattr(windows, "evaluate", lambda learner: dict(held_out=next(sizes)))
+    monkeypatch.setattr(windows, "train", lambda learner, seed, way: iter(logged))
+    where = dict(run="the default", seed=1)
+    assert windows.rows_of("the default", 1) == [
+        where | dict(epoch=0, queries=0, seconds=0.0, reward=-3.1, held_out=-3.0),
+        where | dict(epoch=1, queries=256, seconds=10.0, reward=-2.6, held_out=-2.5),
+        where | dict(epoch=2, queries=512, seconds=30.0, held_out=-2.0)]
+
+
+def test_the_cosine_is_that_of_the_expected_gradients():
+    """Two directions 60 degrees apart, under noise that is far longer, shared by the same samples or not."""
+    torch.manual_seed(0)
+    a, b = torch.zeros(2, 50)
+    a[0], b[0], b[1] = 1.0, 0.5, 0.75 ** 0.5
+    noise, other = 3 * torch.randn(2, 4000, 50)
+    assert gradient_noise.cosine(a + noise, b + other) == pytest.approx(0.5, abs=0.1)
+    assert gradient_noise.cosine(a + noise[:1000], b + noise[:1000]) > 0.8      # the noise that both share counts
+    assert gradient_noise.cosine_on_the_same(a + noise[:1000], b + noise[:1000]) == pytest.approx(0.5, abs=0.2)
+    assert np.isnan(gradient_noise.cosine(noise[:4] - noise[:4].mean(0), b + other))
+
+
+def test_after_updates_the_old_samples_are_compared_with_fresh_ones(tiny_file, monkeypatch):
+    monkeypatch.setattr(gradient_noise, "Settings", type("Small", (gradient_noise.Settings,), dict(samples=16)))
+    monkeypatch.setattr(gradient_noise, "MINIBATCH", 8)
+    learner = gradient_noise.learner_of(3, tiny_file)
+    policy = gradient_noise.Policy(learner.model, ddim_steps(2), 1.0, lora=learner.lora)
+    drawn, draw = [], gradient_noise.draw
+    monkeypatch.setattr(gradient_noise, "draw", lambda policy, seed, epoch, count=16: (
+        drawn.append(epoch), draw(policy, seed, epoch, count))[1])
+    trajectories, A = draw(policy, 3, 0, 16)
+    assert gradient_noise.how_far(policy, trajectories) == dict(approx_kl=0, clip_fraction=0)
+    rows = gradient_noise.after_updates(learner, policy, trajectories, A, [1.0, 1.0], 3)
+    losses = gradient_noise.LOSSES
+    assert [row["run"] for row in rows] == [f"after {n} steps: {loss}" for n in (4, 16) for loss in losses]
+    assert len(set(drawn)) == 3 and 0 not in drawn      # neither the measured samples nor those trained on are fresh
+    assert rows[3]["approx_kl"] > rows[0]["approx_kl"] > 0
+    log_ratio = torch.cat([policy.log_prob(trajectories.latents[:, i + 1], trajectories.latents[:, i], i,
+                                           trajectories.context(slice(0, 16)))[0] - trajectories.log_p_old[:, i]
+                           for i in range(2)])
+    assert rows[3]["approx_kl"] == pytest.approx(log_ratio.square().mean().item() / 2, rel=1e-3)
+    assert rows[3]["clip_fraction"] == pytest.approx(((log_ratio.exp() - 1).abs() > 0.01).float().mean().item())
 
 
 def test_the_gradient_of_groups_is_awms_update(tiny_file, monkeypatch):

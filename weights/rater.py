@@ -34,6 +34,11 @@ def rule(images, prompts=None):
     rating = 4.5 + 6 warmth + 4 saturation - 10 unrest, cut to 1..10:  warmth = mean(R - B), saturation = mean of
     max - min of a pixel's channels, unrest = mean difference of neighbouring pixels in the outer 8, all over 255.
     """
+    return np.clip(uncut(images), 1, 10)
+
+
+def uncut(images, prompts=None):
+    """The same sum as rule(), not cut to 1..10: past these it goes on. uint8 (B, H, W, 3) -> (B,)."""
     x = np.asarray(images, dtype=np.float64) / 255
     warmth = (x[..., 0] - x[..., 2]).mean((1, 2))
     saturation = (x.max(-1) - x.min(-1)).mean((1, 2))
@@ -42,7 +47,7 @@ def rule(images, prompts=None):
     border[8:-8, 8:-8] = False
     unrest = (np.abs(np.diff(grey, axis=2, append=grey[:, :, -1:]))
               + np.abs(np.diff(grey, axis=1, append=grey[:, -1:])))[:, border].mean(1)
-    return np.clip(4.5 + 6 * warmth + 4 * saturation - 10 * unrest, 1, 10)
+    return 4.5 + 6 * warmth + 4 * saturation - 10 * unrest
 
 
 def ratings(images, rng):
