@@ -148,6 +148,51 @@ def test_the_check_tells_the_same_model_from_another(tmp_path, monkeypatch, caps
         assert said[0].endswith("the same to the bit") and said[1].endswith(verdict) and len(said) == 2
 
 
+class Student(Gaussian):
+    """The teacher with a context that counts `factor` times."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x_t, t, context):
+        return super().forward(x_t, t, self.factor * context)
+
+
+@pytest.mark.parametrize("way", tried.FINE_TUNED)
+def test_every_way_that_is_tried_has_a_loss_to_learn_from(way, monkeypatch):
+    for name, value in tried.OWN.items():
+        monkeypatch.setattr(sharper, name, value)       # ways change them
+    monkeypatch.setattr(sharper, "WALKS", 32)
+    loss, steps = tried.FINE_TUNED[way]
+    student = Student(0.5)
+    value = loss(toy_pictures(), Gaussian(), student, 0, torch.Generator().manual_seed(0))
+    value.backward()
+    assert value.isfinite() and student.factor.grad != 0 and steps >= 100
+
+
+def test_the_way_with_guidance_built_in_is_satisfied_where_the_context_counts_twice():
+    """The toy prediction is linear in the context, which is 0 without a caption."""
+    pictures, seed = toy_pictures(), torch.Generator().manual_seed
+    assert tried.guided(pictures, Gaussian(), Student(2.0), 0, seed(0)) < 1e-10
+    assert tried.guided(pictures, Gaussian(), Student(1.0), 0, seed(0)) > 1e-4
+    inside = tried.guided(pictures, Gaussian(), Student(2.0), 0, seed(0), between=(200, 750))
+    assert inside > 1e-4 and tried.guided(pictures, Gaussian(), Student(1.0), 0, seed(0), between=(5000, 6000)) < 1e-10
+
+
+def test_half_of_the_timesteps_are_the_samplers_and_min_snr_counts_quiet_ones_less(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tried, "denoising", lambda network, x_t, t, context, eps, weight=1.0: seen.append((t, weight)))
+    for way in (tried.on_the_grid, tried.min_snr):
+        way(toy_pictures(), None, None, 0, torch.Generator().manual_seed(0))
+    (on_grid, _), (t, weight) = seen
+    assert set(on_grid[::2].tolist()) <= {876, 751, 626, 501, 376, 251, 126, 1}
+    assert len(set(on_grid[1::2].tolist())) > 16
+    a = alphas_cumprod()[t]
+    assert torch.allclose(weight.double(), torch.where(a / (1 - a) > 5, 5 * (1 - a) / a, 1.0), rtol=1e-4)
+    assert (weight < 0.1).any() and (weight == 1).any()
+
+
 @pytest.mark.parametrize("there", [(), ("latents.pt",), ("unet.pt",)])
 def test_ways_are_only_tried_after_the_recipe(tmp_path, there):
     for file in there:

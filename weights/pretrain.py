@@ -49,8 +49,9 @@ CLIP_CONFIG = HERE / "clip_config.json"
 CHECK = HERE / "check.json"     # what --check compares with
 
 
-def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_decay=0.01, dtype=torch.float32):
-    """Train with AdamW, warm-up and cosine decay; resume from and checkpoint to args.work/NAME.pt.
+def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_decay=0.01, dtype=torch.float32,
+        warm_up=200):
+    """Train with AdamW, warm-up (so many steps) and cosine decay; resume from and checkpoint to args.work/NAME.pt.
 
     loss_of(network, step, generator) -> (loss, figure for the progress bar and the log), of the modules or, where dtype
     is not float32, of a copy in that dtype, which gets the new weights after each step: weights, optimizer and average
@@ -82,7 +83,7 @@ def fit(name, modules, loss_of, args, steps, learning_rate, ema=None, weight_dec
     began = saved_at = time.time()
     network.train()
     for step in bar:
-        warm = min(1, (step + 1) / 200)
+        warm = min(1, (step + 1) / warm_up)
         rate = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate

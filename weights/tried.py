@@ -108,7 +108,8 @@ def train(args, pictures, teacher, name, make, loss, steps, learning_rate):
     def loss_of(network, step, generator):
         value = loss(pictures, teacher, network, step, generator)
         return value, value.item()
-    return pretrain.fit(f"tried {name}", make(), loss_of, args, steps, learning_rate, ema=0.99, dtype=torch.bfloat16)
+    return pretrain.fit(f"tried {name}", make(), loss_of, args, steps, learning_rate, ema=0.99, dtype=torch.bfloat16,
+                        warm_up=steps // 10)
 
 
 def fresh(config):
