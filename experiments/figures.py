@@ -185,20 +185,23 @@ def last_good(shares):
 
 def overoptimisation(rows):
     """The samples of each epoch; the table has the mean of the seeds, each at its last good epoch, and at the end."""
+    labels = dict(epoch="epoch", reward="learned reward", uncut="the rule that it stands for, uncut",
+                  recognised="share recognised")
+    digits = dict(reward=".2f", uncut=".2f", recognised=".2f", kl_to_base=".2g")
     figure, panels = plt.subplots(1, 4, figsize=(17, 4))
-    for color, run in zip(COLORS, runs_of(rows)):
-        for axes, of in zip(panels, ("reward", "uncut", "recognised", "recognised")):
-            curve(axes, rows, run, color, run, of, "reward" if axes is panels[3] else "epoch")
-        values = {of: column(rows, run, of)[:, :-1] for of in ("reward", "uncut", "recognised", "kl_to_base")}
-        epochs, seeds = values["reward"].shape[1], range(len(values["reward"]))
+    for axes, (x, y) in zip(panels, (("epoch", "reward"), ("epoch", "uncut"), ("epoch", "recognised"),
+                                     ("reward", "recognised"))):
+        for color, run in zip(COLORS, runs_of(rows)):
+            curve(axes, rows, run, color, run, y, x)
+        axes.set(xlabel=labels[x], ylabel=labels[y])
+        legend(axes)
+    for run in runs_of(rows):
+        values = {of: column(rows, run, of)[:, :-1] for of in digits}
+        seeds, epochs = values["recognised"].shape
         good = [last_good(shares) for shares in values["recognised"]]
         yield line(run, ", ".join(str(n) if n < epochs - 1 else "-" for n in good),
-                   *(f"{values[of][seeds, at].mean():.2g}" if of == "kl_to_base" else
-                     f"{values[of][seeds, at].mean():.2f}" for at in (good, epochs - 1) for of in values))
-    for axes, (x, y) in zip(panels, (("epoch", "learned reward"), ("epoch", "the rule that it stands for, uncut"),
-                                     ("epoch", "share recognised"), ("learned reward", "share recognised"))):
-        axes.set(xlabel=x, ylabel=y)
-        legend(axes)
+                   *(f"{values[of][range(seeds), at].mean():{how}}" for at in (good, epochs - 1)
+                     for of, how in digits.items()))
     save(figure, "overoptimisation")
 
 
@@ -238,10 +241,10 @@ def gradient_noise(rows):
         yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
                    f"{slope(T, seeds.mean(1)):.2f}")
     panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
-    for run in runs_of([row for row in rows if row["run"].startswith("awm") and row["run"].endswith("timesteps")]):
+    for run in runs_of([row for row in rows if row["run"].startswith("awm") and row["batch"] == 64]):
         own = np.array([row["signal_to_noise"] for row in rows if row["run"] == run and row["batch"] == 64])
         yield line(run, plus_minus(own, 3, sign=False))
-    for run in runs_of([row for row in rows if "cosine" in row and not np.isnan(row["cosine"])]):
+    for run in runs_of([row for row in rows if np.isnan(row["batch"])]):       # directions are of all samples
         cosine, *moved = (column(rows, run, name)[:, 0] for name in ("cosine", "approx_kl", "clip_fraction"))
         yield line(run, plus_minus(cosine, 3, sign=False), *(f"{x.mean():.2g}" for x in moved if not np.isnan(x[0])))
     legend(panels[0])

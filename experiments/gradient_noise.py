@@ -20,6 +20,7 @@ import sys
 import numpy as np
 import torch
 from results import ROOT, read_rows, write_rows
+from run import SEEDS
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -39,7 +40,7 @@ from ddpo_min.settings import Settings
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
 SAMPLES, GROUP, MINIBATCH = 1024, 8, 64
-STEPS, SEEDS = (4, 8, 16, 32), (0, 1, 2)
+STEPS = (4, 8, 16, 32)
 BATCHES = (8, 16, 32, 64, 128, 256)
 # Of a step: (log_p, log_p_old, advantage) -> scalar
 LOSSES = {"SF": lambda log_p, log_p_old, A: ddpo_sf_loss(log_p, A),
@@ -160,8 +161,9 @@ def rows_of(seed, T):
 def after_updates(learner, policy, trajectories, advantages, emphasis, seed):
     """The same samples after 4 optimizer steps with others, and after 12 more: SF and IS against fresh samples."""
     T, parameters, even, rows = len(policy.steps), learner.optimizer.parameters, dict(even=emphasis), []
-    (others, A), rng, updates = draw(policy, seed, 1, Settings.samples), np.random.default_rng(seed), Settings.updates
+    (others, A), rng, taken = draw(policy, seed, 1, Settings.samples), np.random.default_rng(seed), 0
     for passes in (1, 3):
+        taken += passes * Settings.updates
         ddpo_update(policy, learner.optimizer, others, A, rng, emphasis=emphasis, clip_range=Settings.clip_range,
                     plan=Plan(Settings.samples, Settings.updates, MINIBATCH, range(T), inner_epochs=passes))
         moved = how_far(policy, trajectories)
@@ -169,9 +171,8 @@ def after_updates(learner, policy, trajectories, advantages, emphasis, seed):
         fresh = gradients(policy, parameters, *draw(policy, seed, 1 + passes), ["SF"], even)["SF", "even"]
         for (loss, _), g in old.items():
             signal, noise = signal_and_noise(g)
-            rows.append(dict(run=f"after {updates} steps: {loss}", seed=seed, T=T, signal=signal, noise=noise,
+            rows.append(dict(run=f"after {taken} steps: {loss}", seed=seed, T=T, signal=signal, noise=noise,
                              cosine=cosine(g, fresh), **moved))
-        updates += 3 * Settings.updates
     return rows
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from judges import recognised
 from results import ROOT, write_rows
-from run import RULE, rows_of, train_in
+from run import RULE, SEEDS, rows_of, train_in
 from tqdm import tqdm
 
 sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
@@ -33,7 +33,7 @@ from ddpo_min.rollout import sample_trajectories  # noqa: E402
 from ddpo_min.settings import Settings  # noqa: E402
 
 SCALES = (0, 0.5, 1, 2, 4, 8, 16)
-SEEDS, SAMPLES = (0, 1, 2), 180
+SAMPLES = 180
 
 
 def differentiable(reward, vae, x_0):

@@ -85,12 +85,14 @@ def carry_out(reward, entry, seed):
 
 
 def keep(reward, entry, seed, logged, loras):
-    """Measure a run and add its rows to the table; logged: of each epoch the pictures scored and the seconds until then
-    (queries, seconds) and what else is known, from epoch 0 on; loras: a file for each, from the first epoch on."""
+    """Measure a run and add its rows to the table.
+
+    logged: of each epoch, from 0 on, its number, the pictures scored and the seconds until then (epoch, queries,
+    seconds), and what else is known; loras: a file for each but the first.
+    """
     run = f"{reward}: {entry}"
     measured = [dict(held_out=mean, held_out_recognised=share) for mean, share in measure(reward, [None, *loras])]
-    rows = [dict(run=run, seed=seed, epoch=epoch) | own | found
-            for epoch, (own, found) in enumerate(zip(logged, measured, strict=True))]
+    rows = [dict(run=run, seed=seed) | own | found for own, found in zip(logged, measured, strict=True)]
     rows = [row for row in read_rows("leaderboard") if (row["run"], row["seed"]) != (run, seed)] + rows
     order = [f"{reward}: {entry}" for reward in GOALS for entry in ENTRIES]
     order += [other for other in runs_of(rows) if other not in order]

@@ -18,6 +18,7 @@ import numpy as np
 from gradient_noise import learner_of
 from judges import recognised
 from results import ROOT, read_rows, write_rows
+from run import SEEDS
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -32,7 +33,7 @@ from ddpo_min.rewards import jpeg
 from ddpo_min.rollout import sample_noise, sample_trajectories
 from ddpo_min.settings import Settings
 
-T, SEEDS, HELD_OUT = Settings.steps, (0, 1, 2), 180
+T, HELD_OUT = Settings.steps, Settings.eval_samples
 NONE = 1e-9     # in place of a sigma of 0, by which some functions divide
 
 

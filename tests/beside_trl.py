@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import leaderboard
 
-from ddpo_min.cli import make_settings
+from ddpo_min.cli import flag, make_settings
 from ddpo_min.ddim import ddim_steps
 from ddpo_min.ddpo import ddpo_update
 from ddpo_min.files import run_main
@@ -253,9 +253,9 @@ def main():
     parser.add_argument("--leaderboard", nargs="*", choices=leaderboard.GOALS, help="train with TRL alone, on these "
                         "rewards or all, and add its rows to experiments/leaderboard.csv")
     a = parser.parse_args()
-    settings = make_settings(**{**COMMON, **CONVERSIONS[a.conversion]})
-    settings = replace(settings, epochs=a.epochs or (settings.epochs if a.leaderboard is None else 16),
-                       lr=a.lr or settings.lr, clip_range=a.clip_range or settings.clip_range)
+    own = {name: value for name in ("lr", "clip_range") if (value := getattr(a, name)) is not None}
+    epochs = a.epochs or (CONVERSIONS[a.conversion]["epochs"] if a.leaderboard is None else 16)
+    settings = make_settings(**{**COMMON, **CONVERSIONS[a.conversion], **own, "epochs": epochs})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder)
@@ -266,9 +266,8 @@ def main():
         if a.leaderboard is not None:
             torch.set_num_threads(2)        # the two cores of its rules
             rewards = a.leaderboard or list(leaderboard.GOALS)
-            own = {a.conversion: a.conversion != "laptop", f"--lr {a.lr}": a.lr,
-                   f"--clip-range {a.clip_range}": a.clip_range}
-            entry = ", ".join([f"TRL {version('trl')}", *(text for text, given in own.items() if given)])
+            entry = ", ".join([f"TRL {version('trl')}", *[a.conversion] * (a.conversion != "laptop"),
+                               *(f"{flag(name)} {value}" for name, value in own.items())])
             for reward in rewards:
                 add_to_the_leaderboard(folder, replace(settings, reward=reward), entry, *BATCHES[a.conversion])
             return leaderboard.overview(rewards)
