@@ -1,6 +1,6 @@
 """Ways to draw crisply in few steps, side by side under one budget: what the last stage of the recipe was chosen from.
 
-    python weights/tried.py         about two hours on 2 CPU cores, after pretrain.py; prints the model card's table
+    python weights/tried.py         an hour and a half on 2 CPU cores, after pretrain.py; prints the model card's table
 
 Each way starts from the finished UNet and trains it for STEPS steps of 64 pictures, or the same number of pictures in
 larger batches. Those that change the network start from nothing, so they are compared with one another. Every result is
