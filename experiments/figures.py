@@ -253,14 +253,20 @@ def gradient_noise(rows):
 
 
 def windows(rows):
+    """The table has the mean of the seeds at the last good epoch of each, and at the end."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     for color, run in zip(COLORS, runs_of(rows)):
         for axes, of in zip(panels, ("held_out", "held_out_recognised")):
             curve(axes, rows, run, color, run, of, "seconds")
-        yield line(run, *changed(rows, run), f"{column(rows, run, 'seconds')[:, -1].mean() / 60:.1f}")
+        good = [last_good(shares) for shares in column(rows, run, "held_out_recognised")]
+        reward, seconds = (column(rows, run, name) for name in ("held_out", "seconds"))
+        of_good = np.array([100 * (own[n] / own[0] - 1) * np.sign(own[0]) for own, n in zip(reward, good)])
+        yield line(run, f"{plus_minus(of_good)}%", f"{np.mean([own[n] for own, n in zip(seconds, good)]):.0f}",
+                   *changed(rows, run), f"{seconds[:, -1].mean():.0f}")
     for axes, label in zip(panels, ("reward on held-out seeds: minus kB", "share recognised")):
         axes.set(xlabel="seconds of sampling and training", ylabel=label)
-        legend(axes)
+        axes.grid(alpha=0.3)
+    legend(panels[0])
     save(figure, "windows")
 
 

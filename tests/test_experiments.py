@@ -155,7 +155,8 @@ def fake_rows(name):
             for s in range(3)]
     if name == "windows":
         return [dict(run=own, seed=s, epoch=e, seconds=e * 9 * (s + 1), reward=-3 + e / 10, held_out=-4 + e / 10,
-                     held_out_recognised=0.9 - e / 10) for own in windows.WAYS for s in range(3) for e in range(3)]
+                     held_out_recognised=0.88 if (s, e) == (1, 1) else 0.9 - e / 10)
+                for own in windows.WAYS for s in range(3) for e in range(3)]
     if name == "scaling":       # 2 s and 30 ms a sample, or 600 ms a step, or 100 us a pixel
         return [dict(run=own, samples=128, steps=8, size=64, processes=1, **cost) | {own: value}
                 for own, values in scaling.VALUES.items() for value in values for cost in [dict(
@@ -198,7 +199,9 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
                                         "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| awm, 2 timesteps: direction | 0.250 ± 0.000 |",
                                         "| after 4 steps: IS | 0.600 ± 0.058 | 0.0002 | 0.12 |"]
-    assert tables["windows"][4] == "| noise in 4, moving | +5.0 ± 0.0% | 77.8% | 0.6 |" and len(tables["windows"]) == 6
+    # of seed 1 0.88 of 0.9 are recognised at epoch 1, of the others 0.8: 95% of 0.9 is 0.855
+    assert tables["windows"][4] == "| noise in 4, moving | +0.8 ± 0.8% | 6 | +5.0 ± 0.0% | 77.8% | 36 |"
+    assert len(tables["windows"]) == 6
     assert tables["scaling"][3] == "| 512 | 8 | 64 | 1 | 1.00 | 2.00 | 17.36 | 900 |"
     assert tables["guided_sampler"][2:] == ["| scale 2 | 8.00 | 5.00 | 70.0% | 0.111 |",
                                             "| DDPO | 7.00 | 8.00 | 60.0% | 0.100, and 45 of training |"]
