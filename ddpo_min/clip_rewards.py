@@ -64,16 +64,20 @@ class ClipScorer:
         """name: SMALL, or an open_clip model; weights: a file, or a tag for open_clip to fetch. Raises InputError."""
         self.name, self.device = name, device
         if name == SMALL:
+            from open_clip import image_transform
             from open_clip.model import CLIP
             folder = SHIPPED.parent
             self.model = CLIP(**json.loads((folder / "clip_config.json").read_text()))
+            side = self.model.visual.image_size
+            fit = image_transform(side, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3)    # of other --size
             try:
                 state = load_file(weights or folder / "clip.safetensors")
                 self.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
             except Exception as error:
                 raise InputError(f"--clip-weights {weights}: not the weights of the small CLIP ({first_line(error)}); "
                                  "for others name their --clip-model, too")
-            self.prepare = lambda image: torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+            self.prepare = lambda image: (torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1
+                                          if image.shape[:2] == (side, side) else fit(Image.fromarray(image)))
             self.tokenize = tokenize
         else:
             import open_clip

@@ -191,7 +191,6 @@ def merge_loras(files, weights, out, prediction=""):
     Every tensor keeps the dtype it has in `weights`; sums are computed in float32 or wider and rounded once. Raises
     InputError if that dtype cannot hold a sum.
     """
-    make_folder(Path(out).parent)
     model = load_stable_diffusion(weights, "cpu", None, prediction)
     for name, layer in load_loras(files, model.unet, model.text_encoder, base=model.base).items():
         dtype = layer.weight.dtype      # some dtypes saturate silently, so look at the sum before it is rounded
@@ -200,5 +199,6 @@ def merge_loras(files, weights, out, prediction=""):
                              f"{str(dtype).removeprefix('torch.')}; take a smaller strength (--scale)")
         layer.merge()
         del layer.lora_A, layer.lora_B      # so that only the base model's names are left
+    make_folder(Path(out).parent)
     save_single_file(out, model.unet, model.vae, model.text_encoder, None, model.image_size, model.prediction,
                      base=Path(weights).name, lora=[f"{Path(path).name}={strength:g}" for path, strength in files])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import train
@@ -213,6 +214,17 @@ def test_the_small_clip_prefers_the_right_prompt():
     right = reward(images, captions)
     assert right.shape == (60,) and np.abs(right).max() <= 1
     assert (right > reward(images, captions[7:] + captions[:7])).mean() > 0.9
+
+
+def test_the_small_clip_sees_pictures_of_other_sizes():
+    images, captions = world.render_many(123, 20, activities=False)[:2]
+    larger = np.stack([Image.fromarray(image).resize((96, 96), Image.BICUBIC) for image in images])
+    wide = np.pad(larger, ((0, 0), (0, 0), (48, 48), (0, 0)))      # the middle is looked at
+    for name in ("clip", "aesthetic"):
+        scores = find_reward(name)(images, captions.tolist())
+        for others in (larger, wide):
+            found = find_reward(name)(others, captions.tolist())
+            assert np.abs(found - scores).max() < 0.05 * np.abs(scores).max()
 
 
 def test_the_learned_aesthetic_follows_the_rule_behind_it():
