@@ -34,8 +34,8 @@ EXAMPLES = """examples:
       the shipped model, in less than three minutes on two CPU cores
   python train.py --weights stable-diffusion-v1-5/stable-diffusion-v1-5 --reward jpeg --batch auto
       Stable Diffusion 1.5 from the Hugging Face Hub, with the preset sd_lora
-  python train.py --resume runs/jpeg --epochs 40
-      go on with a run, to 40 epochs in all"""
+  python train.py --resume runs/jpeg --epochs 12
+      go on with a run, to 12 epochs in all"""
 
 ON_RESUME = {"epochs", "device", "batch", "checkpointing", "compile", "watch", "eval_every", "stop_when", "keep_every",
              "vlm_url"}        # what --resume may change

@@ -85,7 +85,7 @@ def test_the_examples_of_the_help_are_command_lines():
     given = [vars(parser.parse_args(shlex.split(line)[2:])) for line in lines]
     assert given == [dict(reward="jpeg"),
                      dict(weights="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="jpeg", batch=0),
-                     dict(resume="runs/jpeg", epochs=40)]
+                     dict(resume="runs/jpeg", epochs=12)]
 
 
 def test_help_ends_well(capsys):
