@@ -41,10 +41,14 @@ def ends(rows, run, name="held_out"):
     return values[:, 0], values[:, -1]
 
 
+def percent(before, after):
+    """By how many percent a value has changed; a negative one that grows has a positive change."""
+    return 100 * (after - before) / np.abs(before)
+
+
 def change(rows, run, name="held_out"):
     """By how many percent training changed it: (seeds,)."""
-    before, after = ends(rows, run, name)
-    return 100 * (after - before) / np.abs(before)
+    return percent(*ends(rows, run, name))
 
 
 def still_recognised(rows, run):
@@ -100,7 +104,7 @@ def defaults(rows):
         before, after = (np.abs(values) for values in ends(rows, f"ddpo_is {reward}"))
         values, unit = ", ".join(f"{value:.3f}" for value in after), " kB" * (reward in REWARDS[:2])
         yield line(f"`--reward {reward}`", f"{before[0]:.3f} -> {values}{unit}",
-                   f"{plus_minus(100 * (after - before) / before)}%",
+                   f"{plus_minus(percent(before, after))}%",
                    f"{still_recognised(rows, f'ddpo_is {reward}').mean():.1f}%",
                    f"{column(rows, f'ddpo_is {reward}', 'seconds')[:, -1].mean() / 60:.1f}")
 
@@ -164,7 +168,7 @@ def generalisation(rows):
     figure, axes = plt.subplots(figsize=(8, 4))
     for n, run in enumerate(runs):
         reward = column(rows, run, "reward")[:, :-1]
-        trained = 100 * (reward[:, -1] - reward[:, 0]) / np.abs(reward[:, 0])
+        trained = percent(reward[:, 0], reward[:, -1])
         new = change(rows, run)
         for dx, values, color, label in ((-0.2, trained, COLORS[0], "prompts trained on (samples of the last epoch)"),
                                          (0.2, new, COLORS[1], "prompts never trained on")):
@@ -258,10 +262,9 @@ def windows(rows):
     for color, run in zip(COLORS, runs_of(rows)):
         for axes, of in zip(panels, ("held_out", "held_out_recognised")):
             curve(axes, rows, run, color, run, of, "seconds")
-        good = [last_good(shares) for shares in column(rows, run, "held_out_recognised")]
-        reward, seconds = (column(rows, run, name) for name in ("held_out", "seconds"))
-        of_good = np.array([100 * (own[n] / own[0] - 1) * np.sign(own[0]) for own, n in zip(reward, good)])
-        yield line(run, f"{plus_minus(of_good)}%", f"{np.mean([own[n] for own, n in zip(seconds, good)]):.0f}",
+        reward, shares, seconds = (column(rows, run, of) for of in ("held_out", "held_out_recognised", "seconds"))
+        good = range(len(shares)), [last_good(own) for own in shares]
+        yield line(run, f"{plus_minus(percent(reward[:, 0], reward[good]))}%", f"{seconds[good].mean():.0f}",
                    *changed(rows, run), f"{seconds[:, -1].mean():.0f}")
     for axes, label in zip(panels, ("reward on held-out seeds: minus kB", "share recognised")):
         axes.set(xlabel="seconds of sampling and training", ylabel=label)
@@ -327,7 +330,7 @@ def progress(rows, run):
     for seed in sorted({row["seed"] for row in rows if row["run"] == run}):
         seconds, reward, share = np.array([[row[name] for name in ("seconds", "held_out", "held_out_recognised")]
                                            for row in rows if (row["run"], row["seed"]) == (run, seed)]).T
-        found.append((seconds / 60, (100 * (reward - reward[0]) / abs(reward[0])).round(3),
+        found.append((seconds / 60, percent(reward[0], reward).round(3),
                       (100 * share / share[0]).round(3)))
     return found
 
