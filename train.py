@@ -17,7 +17,7 @@ import torch
 
 from ddpo_min.advantages import PromptStatistics, clipped_advantages
 from ddpo_min.cli import check_settings, describe, read_settings, with_own_reward
-from ddpo_min.ddim import ddim_steps
+from ddpo_min.ddim import ddim_steps, with_noise_in
 from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.device import pick_device
 from ddpo_min.evaluation import Evaluation
@@ -61,17 +61,17 @@ def train(settings, reward=None):
                       lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                       weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
                       scale_loss=settings.dtype == "float16", ema=settings.ema, policy_ema=settings.policy_ema)
+    steps = ddim_steps(settings.steps, settings.eta, model.alpha_bar)
     # log_p_old is computed with training's guidance, too (1.0 is none): the first ratio is 1 all the same
-    policy = Policy(model, ddim_steps(settings.steps, settings.eta, model.alpha_bar), settings.guidance,
-                    lora=learner.lora, training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
+    policy = Policy(model, with_noise_in(steps, settings.noise_window), settings.guidance, lora=learner.lora,
+                    training_guidance=settings.guidance if settings.guidance_in_training else 1.0)
     minibatch = settings.samples // settings.updates
     settings = run.settings = replace(settings, batch=prepare(          # --batch auto becomes a number
         policy, learner.optimizer.parameters, batch=settings.batch, minibatch=minibatch,
         checkpointing=settings.checkpointing, compile=settings.compile))
-    plan = Plan(settings.samples, settings.updates, settings.batch, inner_epochs=settings.inner_epochs,
-                steps=range(settings.first_step - 1, settings.last_step or settings.steps),     # i = 0: the noisiest
-                fraction=settings.timestep_fraction, progress=run.progress, rank=rank(), processes=count())
-    evaluation = Evaluation.of(policy, scorer, prompts_held_out, settings.eval_samples,
+    plan = Plan(settings.samples, settings.updates, settings.batch, settings.window, settings.timestep_fraction,
+                settings.inner_epochs, run.progress, rank(), count())
+    evaluation = Evaluation.of(replace(policy, steps=steps), scorer, prompts_held_out, settings.eval_samples,
                                micro_batch=min(settings.batch, minibatch))      # a larger one may not fit into memory
     weigh, update, keep = choose_algorithm(settings, plan, policy.steps, learner.statistics, scorer)
 
@@ -80,7 +80,7 @@ def train(settings, reward=None):
             prompts, seeds = draw_prompts(prompts_to_train, settings.samples, seed=settings.seed, epoch=epoch,
                                           group_size=settings.group_size)
             trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout(), keep=keep,   # sample
-                                               on_images=scorer.add)    # waited for below
+                                               on_images=scorer.add, samples_per_start=settings.samples_per_start)
             rewards, scores = scorer.collect()                                                      # score
             advantages = weigh(prompts, rewards)                                                    # advantage
             rng = np.random.default_rng([settings.seed, epoch, 1])      # draw_prompts has [seed, epoch]

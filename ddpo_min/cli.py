@@ -49,7 +49,7 @@ RANGES = (
      "prompt_minimum", "eval_samples", "show_every", "group_size", "first_step", "vlm_parallel", "timesteps")),
     ("1 to 500", lambda x: 1 <= x <= 500, ("steps",)),
     ("0 or more", lambda x: 0 <= x < float("inf"), ("kl_weight", "kl_old", "eval_every", "keep_every", "vlm_retries",
-     "batch", "inverse_temperature")),
+     "batch", "inverse_temperature", "noise_steps")),
     ("0 to 2^64 - 1", lambda x: 0 <= x < 2 ** 64, ("seed",)),
     ("a number above 0", lambda x: 0 < x < float("inf"), ("lr", "clip_range", "advantage_clip", "grad_clip",
      "guidance", "adam_eps", "nft_beta", "vlm_timeout")),
@@ -367,8 +367,14 @@ def _check_minibatches(s):
     if s.prompt_minimum > s.prompt_buffer:
         raise InputError(f"--prompt-minimum {s.prompt_minimum}: above --prompt-buffer {s.prompt_buffer}, "
                          "so it would never be reached")
-    if not s.first_step <= (s.last_step or s.steps) <= s.steps:
-        raise InputError(f"--first-step {s.first_step} --last-step {s.last_step}: no window of the {s.steps} steps")
+    if s.same_start and s.group_size < 2:
+        raise InputError("--same-start: needs --group-size 2 or more, whose samples begin from one x_T")
+    if s.noise_steps > s.steps:
+        raise InputError(f"--noise-steps {s.noise_steps}: more than the {s.steps} denoising steps")
+    noisy = len(s.noise_window)
+    if not s.first_step <= (s.last_step or noisy) <= noisy:
+        raise InputError(f"--first-step {s.first_step} --last-step {s.last_step}: no window of the {noisy} steps"
+                         + " with noise" * (noisy < s.steps))
 
 
 def _check_algorithm(s):

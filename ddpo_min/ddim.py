@@ -6,7 +6,7 @@ x_prev is x_{t-1} of the paper: the next, less noisy latent. Everything here com
 the dtype of the network (float64 stays float64).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,7 +65,7 @@ class Steps:
     t: tuple                # timestep the network is told
     alpha_bar: tuple        # alpha_bar_t
     alpha_bar_prev: tuple   # alpha_bar of the next step; the last step goes to alpha_bar_0, not to 1
-    sigma: tuple            # sigma_t > 0 (0 with eta = 0: only for drawing)
+    sigma: tuple            # sigma_t > 0; 0 of a step without noise, which has no log-probability
 
     def __len__(self):
         return len(self.t)
@@ -85,14 +85,19 @@ def ddim_steps(steps, eta=1.0, alpha_bar=None):
     return Steps(*(tuple(x.tolist()) for x in (t, a, a_prev, ddim_sigma(a, a_prev, eta))))
 
 
+def with_noise_in(steps, window):
+    """The same steps, but without noise (sigma_t = 0) outside a range of them    [MixGRPO, arXiv 2507.21802]."""
+    return replace(steps, sigma=tuple(s if i in window else 0.0 for i, s in enumerate(steps.sigma)))
+
+
 def step_weights(steps):
     """How strongly each step's mean answers to a change of the predicted noise, in standard deviations of the step.
 
     w_t = |d mu / d eps| / sigma_t = |sqrt(1 - alpha_bar_prev - sigma_t^2) - sqrt(alpha_bar_prev (1 - alpha_bar_t) /
     alpha_bar_t)| / sigma_t: the gradient of log p is w_t times a standard normal times the gradient of eps, so the
-    few steps with a large w_t fill the sum over steps with their noise.   Returns T floats.
+    few steps with a large w_t fill the sum over steps with their noise.   Returns T floats; inf where sigma_t is 0.
     """
-    return [abs((1 - prev - s ** 2) ** 0.5 - (prev * (1 - a) / a) ** 0.5) / s
+    return [abs((1 - prev - s ** 2) ** 0.5 - (prev * (1 - a) / a) ** 0.5) / s if s else math.inf
             for a, prev, s in zip(steps.alpha_bar, steps.alpha_bar_prev, steps.sigma)]
 
 
@@ -102,8 +107,8 @@ def ddim_step(x_t, eps, steps, i, noise=None, x_prev=None):
     x_t, eps: (B, 4, H, W); noise: (B, 4, H, W) standard normal, to take the step: x_prev = mu + sigma_t noise;
     x_prev: (B, 4, H, W), to score it instead. Returns (x_prev in x_t's dtype, log_prob (B,)). The new x_prev is
     rounded to the dtype it will be stored in BEFORE it is scored, else scoring it again would give another number.
-    With eta = 0 a step that is taken has log_prob nan. Raises ValueError if one is to be scored, and unless exactly one
-    of noise and x_prev is given.
+    A step without noise that is taken has log_prob nan. Raises ValueError if one is to be scored, and unless exactly
+    one of noise and x_prev is given.
     """
     if (noise is None) == (x_prev is None):
         raise ValueError("give either noise, to take the step, or x_prev, to score it")

@@ -59,7 +59,7 @@ class Policy:
         to_train: whether that has to be training's log_prob, which takes another network pass if guidance differs.
         """
         x_prev, log_p = ddim_step(x_t, self.eps(x_t, self.steps.t[i], context, self.guidance), self.steps, i, noise)
-        if to_train and self.training_guidance != self.guidance:
+        if to_train and self.steps.sigma[i] and self.training_guidance != self.guidance:
             log_p, _ = self.log_prob(x_prev, x_t, i, context)
         return x_prev, log_p
 

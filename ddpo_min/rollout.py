@@ -58,13 +58,13 @@ def sample_noise(seeds, steps, shape):
 
 
 @torch.no_grad()
-def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, noise_of=None):
+def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", on_images=None, samples_per_start=1):
     """Draw a picture for each prompt and keep how it came about.
 
     prompts: list of N str; seeds: list of N int; micro_batches: slices of 0 .. N - 1 in order, of what this process is
     to draw; keep: "path" (all latents), "x_0" (the last) or "images" (x_0 and the pictures); on_images: called with the
-    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn; noise_of:
-    in place of sample_noise().
+    pictures (uint8) and prompts of each micro-batch and the number of its first, as soon as they are drawn;
+    samples_per_start: so many samples in a row have one x_T, that of the first of them.
     Returns Trajectories. Raises NotFinite if a network overflows.
     """
     model, T = policy.model, len(policy.steps)
@@ -77,8 +77,11 @@ def sample_trajectories(policy, prompts, seeds, micro_batches, *, keep="path", o
     latents = [torch.empty(0, T + 1 if keep == "path" else 1, 4, height, width, dtype=place["dtype"])]
     log_p_old, images = [torch.empty(0, T, **place)], [np.empty((0, 0, 0, 3), np.uint8)]
     row, count = torch.zeros(len(prompts), dtype=torch.int64), 0
+    starts = [seeds[n - n % samples_per_start] for n in range(len(seeds))]
     for samples in micro_batches:
-        noise = (noise_of or sample_noise)(seeds[samples], T, (4, height, width)).to(**place)
+        noise = sample_noise(seeds[samples], T, (4, height, width)).to(**place)
+        if samples_per_start > 1:
+            noise[:, :1] = sample_noise(starts[samples], 0, (4, height, width))
         path, log_probs = [noise[:, 0]], []             # x_T, then every x_prev
         for i in range(T):
             x_prev, log_p = policy.act(path[-1], i, contexts[which[samples]], noise[:, i + 1], keep == "path")

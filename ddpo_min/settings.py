@@ -32,6 +32,7 @@ class Settings:
     prediction: str = ""            # of the UNet: eps (the noise), v or v_zsnr, see docs; empty: what its files say
     size: str = ""                  # of the pictures, WIDTHxHEIGHT in pixels, or one number; empty: the model's own
     eta: float = 1.0                # scale of DDIM's noise, 0 to 1; above 0 for ddpo_is and ddpo_sf [code: 1.0]
+    noise_steps: int = 0            # denoising steps with noise in training, the first ones; 0: all. Evaluations: all
     # Learning
     updates: int = 4                # optimizer steps (minibatches) an epoch, each on an equal part of the samples [4]
     inner_epochs: int = 1           # passes over the same samples [1]
@@ -41,7 +42,7 @@ class Settings:
     step_weights: str = "even"      # even: all timesteps pull alike, see README; paper: as in the algorithm's paper
     timestep_fraction: float = 0.5  # share of the denoising steps to train on, drawn anew for each minibatch [1]
     first_step: int = 1             # first denoising step to train on, from 1 (the noisiest) to T
-    last_step: int = 0              # last denoising step to train on; 0 is T
+    last_step: int = 0              # last denoising step to train on; 0: the last that has noise
     kl_weight: float = 0.0          # adds this times the KL divergence (awm, nft, ram: distance) to the base model [0]
     kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 1]
     policy_ema: float = 0.0         # awm, nft, ram: decay of the policy, an average [rising to: nft 0.5, ram 0.9]
@@ -62,6 +63,7 @@ class Settings:
     normalise: str = "prompt"       # compare with the prompt's latest rewards; group: its group; epoch: all [prompt]
     normalise_each: bool = False    # each part of a sum of rewards by itself, then the weighted sum: no scale matters
     group_size: int = 1             # samples of an epoch that share a prompt; 2 or more for --normalise group
+    same_start: bool = False        # samples of a group begin from the same x_T, too
     prompt_buffer: int = 16         # latest rewards of a prompt that count [code: 16 or 32]
     prompt_minimum: int = 8         # with fewer than these, the epoch's mean and deviation are used [code: 16]
     # Evaluation
@@ -108,6 +110,21 @@ class Settings:
         return self.algorithm in ("awm", "nft", "ram")
 
     @property
+    def noise_window(self):
+        """The denoising steps that have noise in training, counted from 0, the noisiest."""
+        return range(self.noise_steps or self.steps)
+
+    @property
+    def window(self):
+        """Those of them that may be trained on."""
+        return self.noise_window[self.first_step - 1:self.last_step or None]
+
+    @property
+    def samples_per_start(self):
+        """So many samples in a row have one x_T."""
+        return self.group_size if self.same_start else 1
+
+    @property
     def reward_models(self):
         """What the rewards with networks are made of: keywords of make_scorer() and check_rewards()."""
         return dict(clip=dict(model=self.clip_model, weights=self.clip_weights, head=self.aesthetic_head),
@@ -136,6 +153,8 @@ SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, awm_power=0.25,
               kl_old=5.0)
 SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_weight=1e-4)
 SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
+# Noise and training in the first half of the steps, in groups that are equal before: MixGRPO's window, standing still
+LAPTOP_FAST = dict(epochs=2, noise_steps=4, timestep_fraction=1.0, group_size=8, same_start=True, normalise="group")
 LAPTOP_FORWARD = dict(epochs=5, lr=1e-3, timestep_fraction=1.0)
 
 # Regression learns to draw what it drew, and what its pictures lack adds up: with guidance they lack the least
@@ -144,6 +163,7 @@ LAPTOP_RWR = dict(steps=16, guidance=2.0, guidance_in_training=False, epochs=4, 
 
 PRESETS = {
     "laptop": {},
+    "laptop_fast": LAPTOP_FAST,
     "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, timestep_fraction=1.0),
     "laptop_awm": {**LAPTOP_FORWARD, "algorithm": "awm"},
     "laptop_nft": {**LAPTOP_FORWARD, "algorithm": "nft"},

@@ -123,6 +123,22 @@ def algorithms(rows):
     save(figure, "algorithms")
 
 
+def fast(rows):
+    """The preset laptop_fast beside the default: change, share kept and minutes of each."""
+    usual = read_rows("algorithms")
+    figure, panels = plt.subplots(1, 4, figsize=(15, 4))
+    for axes, reward in zip(panels, REWARDS):
+        cells = [f"`{reward}`"]
+        for color, label, own, run in ((COLORS[0], "laptop", usual, f"ddpo_is {reward}"),
+                                       (COLORS[1], "laptop_fast", rows, reward)):
+            curve(axes, own, run, color, label, "held_out", "seconds")
+            cells += [*changed(own, run), f"{column(own, run, 'seconds')[:, -1].mean():.0f}"]
+        axes.set(title=reward, xlabel="seconds of sampling and training", ylabel="reward on held-out seeds")
+        legend(axes)
+        yield line(*cells)
+    save(figure, "fast")
+
+
 def settings(rows):
     all_runs(rows, "settings", height=6)
     for run in runs_of(rows):
@@ -384,8 +400,8 @@ def leaderboard(rows):
     yield from standings(rows)
 
 
-FIGURES = (algorithms, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok, gradient_noise,
-           windows, guided_sampler, scaling, leaderboard)
+FIGURES = (algorithms, fast, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok,
+           gradient_noise, windows, guided_sampler, scaling, leaderboard)
 
 
 def tables():

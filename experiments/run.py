@@ -39,6 +39,9 @@ EXPERIMENTS = dict(
     algorithms=Experiment(180, {f"{algorithm} {reward}": f"--algorithm {algorithm} --reward {reward}"
                                 for reward in ("jpeg", "incompressible", "aesthetic", "clip")
                                 for algorithm in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}),
+    # Noise in the first four steps alone, two epochs; beside the algorithms' ddpo_is
+    fast=Experiment(15, {reward: f"--preset laptop_fast --reward {reward}"
+                         for reward in ("jpeg", "incompressible", "aesthetic", "clip")}),
     # One setting changed at a time
     settings=Experiment(150, {
         "default": "", "eta 0.3": "--eta 0.3", "eta 0.6": "--eta 0.6", "4 steps": "--steps 4",

@@ -10,7 +10,6 @@ is the JPEG size. After each epoch the same held-out pictures are drawn, always 
 """
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,18 +22,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 from ddpo_min.advantages import clipped_advantages
-from ddpo_min.ddim import ddim_steps
+from ddpo_min.ddim import ddim_steps, with_noise_in
 from ddpo_min.ddpo import ddpo_update, even_emphasis
 from ddpo_min.files import run_script
 from ddpo_min.plan import Plan, micro_batches
 from ddpo_min.policy import Policy
 from ddpo_min.prompts import draw_prompts, find_prompts, held_out
 from ddpo_min.rewards import jpeg
-from ddpo_min.rollout import sample_noise, sample_trajectories
+from ddpo_min.rollout import sample_trajectories
 from ddpo_min.settings import Settings
 
 T, HELD_OUT = Settings.steps, Settings.eval_samples
-NONE = 1e-9     # in place of a sigma of 0, by which some functions divide
 
 
 class Way(NamedTuple):
@@ -60,18 +58,6 @@ def window_of(way, epoch):
     return range(start, start + way.window)
 
 
-def with_noise_in(steps, window):
-    """Steps that draw without noise outside a window."""
-    return replace(steps, sigma=tuple(s if i in window else NONE for i, s in enumerate(steps.sigma)))
-
-
-def noise_of_groups(seeds, steps, shape, group):
-    """As sample_noise(), but the first of each group has all its group's x_T."""
-    noise = sample_noise(seeds, steps, shape)
-    noise[:, 0] = noise[::group, 0].repeat_interleave(group, dim=0)
-    return noise
-
-
 def score(rewards, images, prompts, first):
     """Add the rewards of a micro-batch to the list."""
     rewards.extend(jpeg(images, prompts))
@@ -86,7 +72,7 @@ def train(learner, seed, way, samples=Settings.samples):
         plan = Plan(samples, s.updates, s.batch, steps=window[:way.trained], fraction=way.fraction)
         prompts, seeds = draw_prompts(prompts_to_train, samples, seed=seed, epoch=epoch, group_size=way.group)
         trajectories = sample_trajectories(policy, prompts, seeds, plan.rollout(), on_images=partial(score, rewards),
-                                           noise_of=partial(noise_of_groups, group=way.group))
+                                           samples_per_start=way.group)
         advantages = clipped_advantages(prompts, np.array(rewards), normalise="group" if way.group > 1 else s.normalise,
                                         clip=s.advantage_clip, group_size=way.group, statistics=learner.statistics)
         logged = ddpo_update(policy, learner.optimizer, trajectories, advantages,

@@ -52,11 +52,15 @@ class Step:
 
 
 def sampler_steps(s):
-    """The T steps, noisiest first. The last is taken at t = 1 and goes to a_0, so that its sigma is above 0."""
+    """The T steps, noisiest first. The last is taken at t = 1 and goes to a_0, so that its sigma is above 0.
+
+    After noise_steps of them sigma is 0 all the same.
+    """
     steps, gap = [], 1000 // s.steps
     for t in range((s.steps - 1) * gap + 1, 0, -gap):
         a, a_prev = SCHEDULE[t], SCHEDULE[max(t - gap, 0)]
-        steps.append(Step(t, a, a_prev, s.eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))))     # DDIM Eq. 16
+        eta = 0.0 if s.noise_steps and len(steps) >= s.noise_steps else s.eta
+        steps.append(Step(t, a, a_prev, eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))))      # DDIM Eq. 16
     return steps
 
 
@@ -93,19 +97,18 @@ def normal(seed, *shape):
 
 
 @torch.no_grad()
-def sample(s, nets, steps, prompt, seed):
+def sample(s, nets, steps, prompt, seed, start):
     """A trajectory: (T + 1 latents from noise to x_0, T log-probabilities of the policy that training begins with).
 
-    The seed's numbers are x_T's, then each step's noise.
+    The seed's numbers are x_T's, then each step's noise; but x_T is that of the seed `start`.
     """
     noise = normal(seed, len(steps) + 1, 1, 4, nets.side, nets.side)
-    context, x, log_p = nets.encode(prompt), [noise[0]], []
+    context, x, log_p = nets.encode(prompt), [normal(start, len(steps) + 1, 1, 4, nets.side, nets.side)[0]], []
     for step, z in zip(steps, noise[1:]):
         mean = mean_of(x[-1], predict(nets.unet, x[-1], step.t, nets, context, s.guidance), step)
         x.append(mean + step.sigma * z)
-        if step.sigma > 0:
-            eps = predict(nets.unet, x[-2], step.t, nets, context, guidance_in_training(s))
-            log_p.append(log_probability(x[-1], mean_of(x[-2], eps, step), step))
+        eps = predict(nets.unet, x[-2], step.t, nets, context, guidance_in_training(s))
+        log_p.append(log_probability(x[-1], mean_of(x[-2], eps, step), step) if step.sigma > 0 else math.nan)
     return x, log_p
 
 
@@ -203,12 +206,12 @@ class Record:
 
 
 def emphasis_of(s, steps):
-    """How much each denoising step's loss counts: "even" divides by w_t = |d mean / d eps| / sigma; of mean 1."""
+    """How much each step's loss counts: "even" divides by w_t = |d mean / d eps| / sigma; of mean 1 where sigma > 0."""
     if s.step_weights == "paper":
         return [1.0] * len(steps)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     inverse = [step.sigma / abs((mean_of(zero, one, step) - mean_of(zero, zero, step)).item()) for step in steps]
-    return [x / statistics.fmean(inverse) for x in inverse]
+    return [x / statistics.fmean([y for y in inverse if y > 0]) for x in inverse]
 
 
 def policy_gradient_loss(s, ratio, log_p, A):
@@ -233,7 +236,7 @@ def ddpo_epoch(s, nets, adam, steps, trajectories, prompts, advantages, rng):
     A minibatch is trained on the first timestep_fraction of its permuted steps.
     """
     record, emphasis, size = Record(), emphasis_of(s, steps), s.samples // s.updates
-    window = list(range(s.first_step - 1, s.last_step or s.steps))
+    window = list(range(s.first_step - 1, s.last_step or s.noise_steps or s.steps))
     count = max(1, round(s.timestep_fraction * len(window)))
     for _ in range(s.inner_epochs):
         for minibatch in rng.permutation(s.updates):
@@ -418,7 +421,8 @@ def train(s, nets, parameters, draw, reward):
     steps, adam, latest, trained = sampler_steps(s), AdamW(parameters, s), {}, None
     for epoch in range(s.epochs):
         prompts, seeds = draw(epoch)
-        trajectories = [sample(s, nets, steps, prompt, seed) for prompt, seed in zip(prompts, seeds)]
+        starts = [seeds[n - n % s.group_size if s.same_start else n] for n in range(len(seeds))]
+        trajectories = [sample(s, nets, steps, *one) for one in zip(prompts, seeds, starts)]
         rewards = [float(r) for r in reward(np.stack([picture(nets, x[-1]) for x, _ in trajectories]), prompts)]
         rng = np.random.default_rng([s.seed, epoch, 1])
         if s.algorithm.startswith("rwr"):

@@ -119,7 +119,7 @@ def test_without_flags_the_settings_are_the_defaults_to_the_last_one():
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings) if field.type is bool])
 def test_switches_go_on_and_off(name, tmp_path):
-    flag, out = name.replace("_", "-"), ["--out", str(tmp_path / "run")]
+    flag, out = name.replace("_", "-"), ["--out", str(tmp_path / "run"), "--group-size", "2"]
     assert getattr(read_settings([*out, f"--{flag}"]), name) is True
     assert getattr(read_settings([*out, f"--no-{flag}"]), name) is False
     assert getattr(read_settings([*out, f"--{flag}", f"--no-{flag}"]), name) is False
@@ -250,6 +250,11 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--first-step 5 --last-step 2", "--first-step 5 --last-step 2: no window of the 8 steps"),
     ("--last-step 9", "--first-step 1 --last-step 9: no window of the 8 steps"),
     ("--last-step -1", "--first-step 1 --last-step -1: no window of the 8 steps"),
+    ("--noise-steps 9", "--noise-steps 9: more than the 8 denoising steps"),
+    ("--noise-steps=-1", "--noise-steps -1: expected 0 or more"),
+    ("--noise-steps 4 --last-step 5", "--first-step 1 --last-step 5: no window of the 4 steps with noise"),
+    ("--noise-steps 4 --first-step 5", "--first-step 5 --last-step 0: no window of the 4 steps with noise"),
+    ("--same-start", "--same-start: needs --group-size 2 or more, whose samples begin from one x_T"),
     # combinations
     ("--algorithm rwr --timestep-fraction 0.5", "--first-step, --last-step, --timestep-fraction: choose among "
      "denoising steps, which the ddpo algorithms train on and rwr does not"),

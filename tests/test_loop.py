@@ -1,6 +1,7 @@
 """The loop around the update: what is drawn in which epoch, what each logged figure is, when files are written, what a
 stop leaves behind, and that going on equals never having stopped."""
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ import train
 from ddpo_min import ddpo, evaluation, folder, learner, optimizer, policy, scorer
 from ddpo_min.advantages import PromptStatistics
 from ddpo_min.cli import make_settings, read_settings
-from ddpo_min.ddim import ddim_mean
+from ddpo_min.ddim import ddim_mean, ddim_steps
 from ddpo_min.files import InputError
 from ddpo_min.prompts import draw_prompts, find_prompts, held_out
 from ddpo_min.weights import load_stable_diffusion
@@ -61,6 +62,21 @@ def test_each_epoch_draws_its_own_prompts_and_seeds_and_the_evaluation_always_th
     assert len(evaluated) == 5 and all(list(given[1:3]) == list(held_out(animals, 5)) for given, _, _ in evaluated)
     seeds = [set(sum((list(given[2]) for given, _, _ in calls), [])) for calls in (trained, evaluated)]
     assert len(seeds[0]) == 24 and not seeds[0] & seeds[1]
+
+
+def test_noise_in_the_first_steps_and_one_x_T_of_a_group_are_of_training_alone(tiny_file, tmp_path, monkeypatch):
+    trained, evaluated = [], []
+    spy(monkeypatch, train, "sample_trajectories", trained)
+    spy(monkeypatch, evaluation, "sample_trajectories", evaluated)
+    run = train.train(settings(tiny_file, tmp_path / "run", *shlex.split(
+        "--steps 4 --noise-steps 3 --first-step 2 --timestep-fraction 1 --group-size 4 --same-start"), epochs=1))
+    (given, _, drawn), = trained
+    assert [s > 0 for s in given[0].steps.sigma] == [True] * 3 + [False]
+    starts = drawn.latents[:, 0].flatten(1)
+    assert [torch.equal(starts[n], starts[0]) for n in range(8)] == [True] * 4 + [False] * 4
+    assert all(given[0].steps == ddim_steps(4) and "samples_per_start" not in more for given, more, _ in evaluated)
+    assert [x is not None for x in run.history[0]["clip_fraction_by_step"]] == [False, True, True, False]
+    assert run.history[0]["max_ratio_error"] == 0
 
 
 # What is logged

@@ -8,7 +8,9 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from conftest import cut, tiny_networks
+from ddpo_min import ddim
 from ddpo_min.ddim import Steps, ddim_mean, ddim_sigma, ddim_step, ddim_steps, gaussian_log_prob, guide, step_weights
+from ddpo_min.ddpo import even_emphasis
 from ddpo_min.lora import add_lora
 from ddpo_min.policy import Policy
 from ddpo_min.rollout import sample_noise, sample_trajectories
@@ -153,6 +155,24 @@ def test_whole_trajectories_are_those_of_diffusers(n, eta):
         assert (x - y).abs().max() < 1e-9
 
 
+def test_outside_a_window_of_steps_nothing_is_random():
+    """Steps 2 to 4 of 8 are those of eta = 1, the others those of eta = 0."""
+    steps = ddim.with_noise_in(ddim_steps(8), range(2, 5))
+    x_t, eps, noise = normal(3, 1, 4, 8, 8)
+    for i in range(8):
+        theirs = ddim_step(x_t, eps, ddim_steps(8, eta=1.0 if 2 <= i < 5 else 0.0), i, noise)
+        for got, expected in zip(ddim_step(x_t, eps, steps, i, noise), theirs):
+            assert torch.equal(got.nan_to_num(9), expected.nan_to_num(9))
+    assert all((w < math.inf) == (2 <= i < 5) for i, w in enumerate(step_weights(steps)))
+
+
+def test_the_emphasis_of_the_steps_with_noise_has_mean_1_and_undoes_their_weights():
+    emphasis = even_emphasis(ddim.with_noise_in(ddim_steps(8), range(2, 5)))
+    products = [e * w for e, w in zip(emphasis[2:5], step_weights(ddim_steps(8))[2:5])]
+    assert products == pytest.approx([products[0]] * 3) and np.mean(emphasis[2:5]) == pytest.approx(1)
+    assert emphasis[:2] + emphasis[5:] == [0] * 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_scoring_a_step_that_was_taken_gives_its_log_prob_to_the_last_bit(dtype):
     steps = ddim_steps(50)
@@ -266,6 +286,33 @@ def test_every_step_uses_noise_of_its_own(model, guidance):
         with torch.no_grad():
             x, log_p = policy.act(path.latents[:, i], i, path.context(slice(0, 5)), noise[:, i + 1])
         assert torch.equal(x, path.latents[:, i + 1]) and torch.equal(log_p, path.log_p_old[:, i])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 6])
+def test_samples_in_a_row_share_x_T_and_nothing_else(model, batch):
+    """Three of six, also where a micro-batch begins within them: x_T is the first one's, the steps' noise their own."""
+    seeds, policy = [11, 5, 3, 2 ** 31 + 7, 0, 8], Policy(model, ddim_steps(4), 1.0)
+    path = sample_trajectories(policy, ["a cat"] * 6, seeds, cut(6, batch), samples_per_start=3)
+    noise = sample_noise(seeds, 4, (4, 8, 8))
+    for n in range(6):
+        assert torch.equal(path.latents[n, 0], noise[n - n % 3, 0])
+        for i in range(4):
+            with torch.no_grad():
+                x, _ = policy.act(path.latents[n:n + 1, i], i, path.context(slice(n, n + 1)), noise[n:n + 1, i + 1])
+            torch.testing.assert_close(x[0], path.latents[n, i + 1], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_steps_without_noise_leave_the_ratio_of_the_others_at_one(guidance):
+    """Also if training has another guidance than sampling."""
+    policy = Policy(tiny_model(lora=True), ddim.with_noise_in(ddim_steps(5), range(2)), guidance, training_guidance=1.0)
+    path = sample_trajectories(policy, PROMPTS, SEEDS, cut(5, 2, 3))
+    assert path.log_p_old[:, 2:].isnan().all()
+    for samples in cut(5, 2, 3):
+        for i in range(2):
+            x_t, x_prev, log_p_old, context = path.at(samples, i)
+            with torch.no_grad():
+                assert torch.equal(policy.log_prob(x_prev, x_t, i, context)[0], log_p_old)
 
 
 def test_a_sample_keeps_its_own_context(model):
