@@ -70,10 +70,10 @@ EXPERIMENTS = dict(
                                    for others, arguments in {"other animals": FIRST_HALF,
                                                              "activities": "--eval-prompts activities",
                                                              "counting": "--eval-prompts counting"}.items()}),
-    # A learned reward followed too far, and what a KL penalty does; 1e-9 does nothing, but the KL is logged
-    overoptimisation=Experiment(95, {
-        f"KL weight {weight}": f"--reward aesthetic --epochs 24 --kl-weight {weight or 1e-9}"
-        for weight in (0, 0.003, 0.01, 0.03)}, watch=RULE),
+    # A learned reward followed too far (fast), and what a KL penalty does; 1e-9 does nothing, but the KL is logged
+    overoptimisation=Experiment(35, {
+        f"KL weight {weight}": f"--preset laptop_fast --reward aesthetic --epochs 8 --kl-weight {weight or 1e-9}"
+        for weight in (0, 0.01, 0.03, 0.1)}, watch=RULE),
     # The comparison with DPOK: one prompt each, in this world's words
     dpok=Experiment(30, {name: f"--reward clip --prompts experiments/prompts/{name}.txt"
                          for name in ("colour", "count", "composition", "location")},
