@@ -153,8 +153,10 @@ SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, awm_power=0.25,
               kl_old=5.0)
 SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_weight=1e-4)
 SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
-# Noise and training in the first half of the steps, in groups that are equal before: MixGRPO's window, standing still
-LAPTOP_FAST = dict(epochs=2, noise_steps=4, timestep_fraction=1.0, group_size=8, same_start=True, normalise="group")
+# Noise and training in the first half of the steps, in groups that are equal before: MixGRPO's window, standing still.
+# It goes so fast that it needs the pull to the base model
+LAPTOP_FAST = dict(epochs=3, noise_steps=4, timestep_fraction=1.0, group_size=8, same_start=True, normalise="group",
+                   kl_weight=0.1)
 LAPTOP_FORWARD = dict(epochs=5, lr=1e-3, timestep_fraction=1.0)
 
 # Regression learns to draw what it drew, and what its pictures lack adds up: with guidance they lack the least

@@ -39,8 +39,8 @@ EXPERIMENTS = dict(
     algorithms=Experiment(180, {f"{algorithm} {reward}": f"--algorithm {algorithm} --reward {reward}"
                                 for reward in ("jpeg", "incompressible", "aesthetic", "clip")
                                 for algorithm in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}),
-    # Noise in the first four steps alone, two epochs; beside the algorithms' ddpo_is
-    fast=Experiment(15, {reward: f"--preset laptop_fast --reward {reward}"
+    # Noise in the first four steps alone, and a pull to the base model; beside the algorithms' ddpo_is
+    fast=Experiment(16, {reward: f"--preset laptop_fast --reward {reward}"
                          for reward in ("jpeg", "incompressible", "aesthetic", "clip")}),
     # One setting changed at a time
     settings=Experiment(150, {
