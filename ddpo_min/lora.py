@@ -20,7 +20,7 @@ class LoRALayer:
     y = W x + b + (alpha / rank) B A x    [LoRA Eq. 3]
     The frozen weight keeps its name; the new ones are lora_A.weight (rank, in) and lora_B.weight (out, rank). They are
     stored and trained in float32 and cast to the network's dtype in the forward pass.
-    train() and eval() merge nothing: only merge() and unmerge() do.
+    train() and eval() merge nothing: only merge() does.
     """
 
     def adapt(self, frozen, A, B, alpha):
@@ -52,13 +52,6 @@ class LoRALayer:
             exact = self.weight.float() if self.weight.itemsize < 4 else self.weight    # torch cannot add float8
             self.weight.copy_(exact + self.delta())
             self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self):
-        """Undo merge(), up to rounding."""
-        if self.merged:
-            self.weight.copy_(self.weight - self.delta())
-            self.merged = False
 
 
 class LoRALinear(LoRALayer, nn.Linear):

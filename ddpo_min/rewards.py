@@ -67,12 +67,13 @@ def put_back():
 
 
 @cache
-def _module_of_file(path):
-    """Run a user's file once; modules beside it can be imported from it."""
+def _module_of_file(path, written):
+    """Run a user's file once, and anew when it was written anew, at `written`; it can import modules beside it."""
     sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    if getattr(sys.modules.get(path.stem), "__file__", str(path)) == str(path):     # no other module of that name
+        sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -90,7 +91,9 @@ def find_own(name, flag="--reward"):
     try:
         with put_back():
             sys.argv = [where]      # as if it were started alone: our flags are not for it
-            module = _module_of_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
+            path = Path(where).resolve()
+            module = (_module_of_file(path, path.stat().st_mtime_ns) if where.endswith(".py") else
+                      importlib.import_module(where))
     except SystemExit as error:
         raise InputError(f"{flag} {name}: {where} ends the program when it is imported (SystemExit: "
                          f"{first_line(error)}); put what is not for that under if __name__ == \"__main__\"")

@@ -1,7 +1,9 @@
 """Rewards by name, their weighted sum, and scoring beside sampling."""
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from . import clip_rewards, preference_rewards
@@ -62,11 +64,13 @@ class Scorer:
     safe to call from several threads at once, in one.
     """
 
-    def __init__(self, weights, functions, total="reward"):
+    def __init__(self, weights, functions, total="reward", gpu=None):
         """weights: {name: weight in the sum}, absent or 0 if only watched; functions: {name: reward function}; total:
-        the name of the sum, which is not a part of itself."""
+        the name of the sum, which is not a part of itself; gpu: the number of this process's GPU, if it has one: new
+        threads have the first one as "cuda"."""
         self.weights, self.functions, self.total = weights, functions, total
-        self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1)
+        self.pool = ThreadPoolExecutor(max_workers=4 if set(functions) <= IN_THREADS else 1,
+                                       initializer=None if gpu is None else partial(torch.cuda.set_device, gpu))
         self.files = {name: fingerprint(function) for name, function in functions.items()       # of users' own
                       if name not in REWARDS and name not in WITH_NETWORKS}
         self.pending = []       # (number of its first sample, the future scores) of each micro-batch
@@ -173,7 +177,7 @@ def make_scorer(reward, watch, model, device, *, prompts, own=None, **made_of):
     functions = {name: find_reward(name, model, device, prompts=prompts, **made_of) for name in names}
     if own:
         weights, functions = {reward: 1.0}, {reward: adapt(own, reward, device), **functions}
-    return Scorer(weights, functions, total=reward)
+    return Scorer(weights, functions, total=reward, gpu=torch.device(device).index)
 
 
 def find_reward(name, model=None, device="cpu", *, prompts=(), small=True, clip=None, files=None, vlm=None):

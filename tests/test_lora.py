@@ -153,7 +153,7 @@ def test_train_and_eval_change_nothing():
     assert all(torch.equal(p, weights[name]) for name, p in unet.named_parameters())
 
 
-def test_merging_keeps_the_output_and_unmerging_restores_the_weights():
+def test_merging_keeps_the_output():
     unet, layers = trained()
     before, weights = output(unet), copy.deepcopy(unet.state_dict())
     for _ in range(2):                                      # merging twice must not add twice
@@ -165,12 +165,6 @@ def test_merging_keeps_the_output_and_unmerging_restores_the_weights():
     plain = base()                                          # merged weights alone are the whole network
     plain.load_state_dict({k: v for k, v in unet.state_dict().items() if ".lora_" not in k})
     torch.testing.assert_close(output(plain), before, rtol=1e-9, atol=1e-9)
-    for _ in range(2):
-        for layer in layers.values():
-            layer.unmerge()
-    for key, weight in unet.state_dict().items():
-        torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-14)
-    torch.testing.assert_close(output(unet), before, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture

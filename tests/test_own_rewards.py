@@ -343,6 +343,34 @@ def test_a_function_with_the_name_of_another_reward_is_trained_on_and_that_one_w
     assert run.history[0]["reward_mean"] > 0 > run.history[0]["score_jpeg"]
 
 
+def test_an_edited_file_is_run_anew_and_an_unchanged_one_is_not(tmp_path):
+    file = tmp_path / "edited.py"
+    for said, scale in ((0, 1), (1_000_000_000, 2)):        # the second is written a second later
+        file.write_text(f"def red(images, prompts):\n    return {scale} * images.mean((1, 2, 3))\n")
+        os.utime(file, ns=(said, said))
+        reward = find_own(f"{file}:red")
+        assert reward(IMAGES, PROMPTS).tolist() == (scale * IMAGES.mean((1, 2, 3))).tolist()
+        assert find_own(f"{file}:red") is reward and sys.modules["edited"].red is reward
+
+
+@pytest.mark.parametrize("gpu", [None, 3])
+def test_a_reward_finds_its_processes_gpu_in_the_thread_that_scores(gpu, monkeypatch):
+    chosen, own = {}, lambda images, prompts: [chosen.get(threading.get_ident(), -1)] * len(images)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: chosen.update({threading.get_ident(): number}))
+    scores = scorer.Scorer({"own": 1.0}, {"own": own}, gpu=gpu)
+    scores.add(IMAGES, PROMPTS, 0)
+    assert scores.collect()[0].tolist() == [-1 if gpu is None else 3] * 3
+
+
+@pytest.mark.parametrize("device, gpu", [("cpu", None), ("cuda", None), ("cuda:1", 1)])
+def test_the_gpu_is_the_one_that_the_process_has_picked(device, gpu, monkeypatch):
+    made = []
+    monkeypatch.setattr(scorer, "Scorer", lambda *given, **more: made.append(more))
+    scorer.make_scorer("jpeg", "", None, torch.device(device), prompts=PROMPTS, small=True, clip={}, files={},
+                       vlm={})
+    assert made == [dict(total="jpeg", gpu=gpu)]
+
+
 def test_threads_that_score_at_once_leave_the_folder_as_it_was(tmp_path, monkeypatch):
     """vlm is scored in several threads, and its encoder may go to another folder."""
     monkeypatch.chdir(tmp_path)
