@@ -32,11 +32,16 @@ class Run:
     Of several processes only the first writes; the others come along, for their parts of the evaluations.
     """
 
+    waiting = None      # the run of this process that has its folder and has not begun
+
     def __init__(self, settings):
         """Raises InputError if the folder cannot be used, or cannot be resumed."""
+        if Run.waiting:         # in a notebook: its start has failed, and the error may still hold it
+            Run.waiting.files.release()
         self.settings = settings
         self.writes = rank() == 0
         self.files = Folder(settings.out, settings.resume, anew=settings.auto_resume, mine=self.writes)
+        Run.waiting = self
         if settings.resume and self.writes:
             try:
                 self.files.check(self.kept)
@@ -73,6 +78,7 @@ class Run:
         that is finished; so does a stop, which leaves out the evaluation. Both are raised again and say how to go on.
         """
         self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
+        Run.waiting = None
         with self.files:        # nobody else's until the run is over
             self.go_on() if self.settings.resume else self.begin()
             self.progress.open(self.finished)

@@ -315,3 +315,17 @@ def test_a_notebook_trains_on_a_function_and_gets_the_run(tiny_file, tmp_path, m
     assert set(run.result["scores"]) == {"jpeg"} and run.settings.reward == "green"
     more = train.train(make_settings(resume=str(run.folder), epochs=3), reward=green)
     assert len(more.history) == 3 and more.history[:2] == run.history
+
+
+def test_a_start_that_fails_leaves_the_folder_to_the_next_one(three_epochs, tmp_path, monkeypatch):
+    """In one process, where the error that is kept (here: `failed`) keeps the run, too."""
+    shutil.copytree(three_epochs, tmp_path / "run")
+    again = make_settings(resume=str(tmp_path / "run"), epochs=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_scorer", lambda *given, **more: folder.no_such_name)
+        with pytest.raises(AttributeError) as failed:
+            train.train(again)
+    assert failed.traceback and len(train.train(again).history) == 4
+    with pytest.raises(InputError, match="already holds files"):
+        train.train(make_settings(out=str(tmp_path / "run")))
+    assert len(train.train(make_settings(resume=str(tmp_path / "run"), epochs=5)).history) == 5
