@@ -66,9 +66,12 @@ class Run:
 
     @property
     def init_lora(self):
-        """The file that the LoRA starts from, if any; resumed, the run's own: the same layers, ranks and alphas."""
-        s = self.settings
-        return self.folder / "lora.safetensors" if s.resume and s.init_lora else s.init_lora
+        """The file that the LoRA starts from, if any; resumed, the run's own: the same layers, ranks and alphas.
+
+        A run that was killed right after its first checkpoint has none.
+        """
+        s, own = self.settings, Path(self.folder or "") / "lora.safetensors"
+        return own if s.resume and s.init_lora and own.is_file() else s.init_lora
 
     @contextmanager
     def epochs(self, learner, evaluation):
