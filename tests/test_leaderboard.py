@@ -120,7 +120,10 @@ def test_every_standing_entry_is_accepted_with_its_preset(reward):
             theirs = PRESETS[f"sd_lora_{algorithm}"].items() - PRESETS["sd_lora"].items()
             assert len(theirs) >= 3 and theirs <= vars(settings).items()
         assert (settings.algorithm, settings.reward, settings.weights) == (algorithm, reward, "")
-        assert settings.preset == ("laptop" if algorithm == "ddpo_is" else f"laptop_{algorithm}")
+        fast = how.startswith("laptop_fast")
+        assert settings.preset == ("laptop_fast" if fast else "laptop" if algorithm == "ddpo_is" else
+                                   f"laptop_{algorithm}")
+        assert not fast or (settings.noise_steps, settings.kl_weight) == (4, 0.0 if "without KL" in how else 0.1)
     assert leaderboard.settings_of(reward, "ddpo_is, all steps").timestep_fraction == 1
 
 
