@@ -1,5 +1,5 @@
 """ddpo_min: DDPO for Stable Diffusion, from scratch, for reading."""
-__version__ = "0.3.0"       # first: other files read it while they are imported
+__version__ = "0.4.0"       # first: other files read it while they are imported
 
 from .weights import load_stable_diffusion
 

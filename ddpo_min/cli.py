@@ -234,6 +234,8 @@ def _filled(given):
         values.update(ALGORITHMS.get(given["algorithm"], {}))
     if given.get("trainable") == "full" and values.get("trainable") != "full":
         values.update(lr=FULL_LR["laptop" if laptop else "sd"], dtype="float32")
+        if preset == "laptop_fast":     # its pull to the base model needs a LoRA
+            values.update(kl_weight=0.0)
     if given.get("trainable") == "lora" and values.get("trainable") == "full":
         values.update(lr=SD_LORA["lr"])
     return Settings(**{**values, **given, "preset": preset})
@@ -368,13 +370,13 @@ def _check_minibatches(s):
         raise InputError(f"--prompt-minimum {s.prompt_minimum}: above --prompt-buffer {s.prompt_buffer}, "
                          "so it would never be reached")
     if s.same_start and s.group_size < 2:
-        raise InputError("--same-start: needs --group-size 2 or more, whose samples begin from one x_T")
+        raise InputError("--same-start: needs --group-size 2 or more, the samples that begin from one x_T")
     if s.noise_steps > s.steps:
         raise InputError(f"--noise-steps {s.noise_steps}: more than the {s.steps} denoising steps")
     noisy = len(s.noise_window)
     if not s.first_step <= (s.last_step or noisy) <= noisy:
         raise InputError(f"--first-step {s.first_step} --last-step {s.last_step}: no window of the {noisy} steps"
-                         + " with noise" * (noisy < s.steps))
+                         + f" that --noise-steps {s.noise_steps} leaves" * (noisy < s.steps))
 
 
 def _check_algorithm(s):
@@ -386,6 +388,9 @@ def _check_algorithm(s):
     if ddpo and s.eta == 0:
         raise InputError(f"--eta {s.eta}: expected a number above 0 and up to 1, because {s.algorithm} needs the "
                          "probability of what was drawn")
+    if s.eta == 0 and (s.same_start or s.noise_steps):
+        raise InputError("--eta 0: draws without noise; --same-start and --noise-steps need some, or the pictures of a "
+                         "group are equal")
     if not s.forward_process and (s.policy_ema or s.kl_old):
         raise InputError("--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
     if s.ema and s.policy_ema:

@@ -11,7 +11,7 @@ def even_emphasis(steps):
     """Factors for the losses of the denoising steps that make their gradients about equally large.
 
     emphasis_i = (1 / w_i) / mean(1 / w): the gradient of log p is proportional to w_t = |d mu / d eps| / sigma_t, see
-    step_weights(). Returns T floats: 0 without noise, else of mean 1 (also if fewer are trained on).
+    step_weights(). Returns T floats: 0 for steps without noise, the others of mean 1 (also if fewer are trained on).
     """
     inverse = 1 / np.array(step_weights(steps))
     return (inverse / inverse[inverse > 0].mean()).tolist()

@@ -54,7 +54,7 @@ class Policy:
         return self.model.noise(out, x_t, t)
 
     def act(self, x_t, i, context, noise, to_train=True):
-        """Take denoising step i: returns (x_prev, its log_prob (B,)).
+        """Take denoising step i: returns (x_prev, its log_prob (B,), nan if the step has no noise).
 
         to_train: whether that has to be training's log_prob, which takes another network pass if guidance differs.
         """

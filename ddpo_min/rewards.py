@@ -67,14 +67,16 @@ def put_back():
 
 
 @cache
-def _module_of_file(path, written):
-    """Run a user's file once, and anew when it was written anew, at `written`; it can import modules beside it."""
-    sys.path.append(str(path.parent))
+def _module_of_file(path, text):
+    """Run a user's file once, and anew if its text has changed; modules beside it, which it can import, run once."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    if getattr(sys.modules.get(path.stem), "__file__", str(path)) == str(path):     # no other module of that name
+    there = sys.modules.get(path.stem)
+    if there is None or getattr(there, "__file__", None) == str(path):      # else another module of that name
         sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    exec(compile(text, str(path), "exec"), module.__dict__)     # the loader may know the old text, of the same second
     return module
 
 
@@ -92,7 +94,7 @@ def find_own(name, flag="--reward"):
         with put_back():
             sys.argv = [where]      # as if it were started alone: our flags are not for it
             path = Path(where).resolve()
-            module = (_module_of_file(path, path.stat().st_mtime_ns) if where.endswith(".py") else
+            module = (_module_of_file(path, path.read_bytes()) if where.endswith(".py") else
                       importlib.import_module(where))
     except SystemExit as error:
         raise InputError(f"{flag} {name}: {where} ends the program when it is imported (SystemExit: "

@@ -15,7 +15,7 @@ class Trajectories:
     """
     latents: torch.Tensor       # (rows, T+1, 4, h, w), from pure noise x_T to x_0; or (rows, 1, 4, h, w), x_0 alone;
                                 # float32 at least, on the CPU: 256 samples of Stable Diffusion are 0.86 GB
-    log_p_old: torch.Tensor     # (rows, T), as training will see it; of x_0 or images alone, as sampled
+    log_p_old: torch.Tensor     # (rows, T), as training will see it; of x_0 or images alone, as sampled; nan: no noise
     contexts: torch.Tensor      # (P, 77, width): the embedding of each prompt, once
     context_index: torch.Tensor     # (N,) on the CPU: which of them is a sample's
     row: torch.Tensor           # (N,) on the CPU: the row of a sample; that of one drawn elsewhere has no meaning

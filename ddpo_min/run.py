@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from math import inf
 from pathlib import Path
+from threading import get_ident
 
 from . import __version__, figures
 from .cli import ON_RESUME, command, how_to_resume, stop_bound
@@ -32,16 +33,16 @@ class Run:
     Of several processes only the first writes; the others come along, for their parts of the evaluations.
     """
 
-    waiting = None      # the run of this process that has its folder and has not begun
+    waiting = {}        # {thread: the run that has its folder and has not begun}
 
     def __init__(self, settings):
         """Raises InputError if the folder cannot be used, or cannot be resumed."""
-        if Run.waiting:         # in a notebook: its start has failed, and the error may still hold it
-            Run.waiting.files.release()
+        if failed := Run.waiting.pop(get_ident(), None):        # in a notebook: the error may still hold that run
+            failed.files.release()
         self.settings = settings
         self.writes = rank() == 0
         self.files = Folder(settings.out, settings.resume, anew=settings.auto_resume, mine=self.writes)
-        Run.waiting = self
+        Run.waiting[get_ident()] = self
         if settings.resume and self.writes:
             try:
                 self.files.check(self.kept)
@@ -81,7 +82,7 @@ class Run:
         that is finished; so does a stop, which leaves out the evaluation. Both are raised again and say how to go on.
         """
         self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
-        Run.waiting = None
+        del Run.waiting[get_ident()]
         with self.files:        # nobody else's until the run is over
             self.go_on() if self.settings.resume else self.begin()
             self.progress.open(self.finished)

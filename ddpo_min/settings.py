@@ -40,9 +40,9 @@ class Settings:
     clip_range: float = 0.01        # the ratio is clipped to 1 +- this; see README, "What clip 1e-4 means" [1e-4]
     advantage_clip: float = 5.0     # advantages are clipped to +- this [code: 5 or 10]
     step_weights: str = "even"      # even: all timesteps pull alike, see README; paper: as in the algorithm's paper
-    timestep_fraction: float = 0.5  # share of the denoising steps to train on, drawn anew for each minibatch [1]
     first_step: int = 1             # first denoising step to train on, from 1 (the noisiest) to T
     last_step: int = 0              # last denoising step to train on; 0: the last that has noise
+    timestep_fraction: float = 0.5  # share of these denoising steps to train on, drawn anew for each minibatch [1]
     kl_weight: float = 0.0          # adds this times the KL divergence (awm, nft, ram: distance) to the base model [0]
     kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 1]
     policy_ema: float = 0.0         # awm, nft, ram: decay of the policy, an average [rising to: nft 0.5, ram 0.9]
@@ -154,7 +154,7 @@ SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, awm_power=0.25,
 SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_weight=1e-4)
 SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
 # Noise and training in the first half of the steps, in groups that are equal before: MixGRPO's window, standing still.
-# It goes so fast that it needs the pull to the base model
+# It goes so fast that one epoch too many would do harm, but for the pull to the base model
 LAPTOP_FAST = dict(epochs=3, noise_steps=4, timestep_fraction=1.0, group_size=8, same_start=True, normalise="group",
                    kl_weight=0.1)
 LAPTOP_FORWARD = dict(epochs=5, lr=1e-3, timestep_fraction=1.0)
@@ -191,9 +191,11 @@ PRESETS = {
 # The rewards' scales differ: what a unit of reward is worth to the laptop's weighted regression
 LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=60.0))
 # What an algorithm needs that is chosen on top of a preset of another one
-ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1), awm=dict(timestep_fraction=1.0),
-                  nft=dict(timestep_fraction=1.0), ram=dict(timestep_fraction=1.0, kl_weight=0.01),
-                  **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0)))
+ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1),
+                  awm=dict(timestep_fraction=1.0, kl_weight=0.0), nft=dict(timestep_fraction=1.0, kl_weight=0.0),
+                  ram=dict(timestep_fraction=1.0, kl_weight=0.01),
+                  **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0, kl_weight=0.0,
+                                                              normalise="prompt")))
 FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(preset=tuple(PRESETS), algorithm=tuple(ALGORITHMS), trainable=("lora", "full"),

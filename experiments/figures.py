@@ -124,7 +124,7 @@ def algorithms(rows):
 
 
 def fast(rows):
-    """The preset laptop_fast beside the default: change, share kept and minutes of each."""
+    """The preset laptop_fast beside the default: change, share kept and seconds of each."""
     usual = read_rows("algorithms")
     figure, panels = plt.subplots(1, 4, figsize=(15, 4))
     for axes, reward in zip(panels, REWARDS):

@@ -167,6 +167,12 @@ def test_an_algorithm_on_top_of_anothers_preset_brings_what_it_needs():
     assert make_settings(preset="laptop", algorithm="rwr").inner_epochs == 4
     assert make_settings(preset="laptop", algorithm="ram").kl_weight == 0.01
     assert make_settings(preset="laptop_rwr", algorithm="rwr").steps == 16
+    for more in (*(dict(algorithm=name) for name in ("ddpo_sf", "awm", "nft", "ram", "rwr", "rwr_sparse")),
+                 dict(trainable="full")):       # laptop_fast is DDPO's with a LoRA
+        s = make_settings(preset="laptop_fast", **more)
+        check_settings(s)
+        assert s.noise_steps == 4 and s.same_start
+        assert s.kl_weight == {"ddpo_sf": 0.1, "ram": 0.01}.get(s.algorithm, 0.0)
 
 
 def test_a_unit_of_reward_is_worth_what_the_reward_says_but_on_the_laptop_alone():
@@ -252,9 +258,13 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--last-step -1", "--first-step 1 --last-step -1: no window of the 8 steps"),
     ("--noise-steps 9", "--noise-steps 9: more than the 8 denoising steps"),
     ("--noise-steps=-1", "--noise-steps -1: expected 0 or more"),
-    ("--noise-steps 4 --last-step 5", "--first-step 1 --last-step 5: no window of the 4 steps with noise"),
-    ("--noise-steps 4 --first-step 5", "--first-step 5 --last-step 0: no window of the 4 steps with noise"),
-    ("--same-start", "--same-start: needs --group-size 2 or more, whose samples begin from one x_T"),
+    ("--noise-steps 4 --last-step 5", "--first-step 1 --last-step 5: no window of the 4 steps that "
+     "--noise-steps 4 leaves"),
+    ("--noise-steps 4 --first-step 5", "--first-step 5 --last-step 0: no window of the 4 steps that "
+     "--noise-steps 4 leaves"),
+    ("--same-start", "--same-start: needs --group-size 2 or more, the samples that begin from one x_T"),
+    ("--algorithm awm --same-start --group-size 4 --eta 0", "--eta 0: draws without noise; --same-start and"),
+    ("--algorithm rwr --noise-steps 4 --eta 0", "--eta 0: draws without noise; --same-start and --noise-steps need"),
     # combinations
     ("--algorithm rwr --timestep-fraction 0.5", "--first-step, --last-step, --timestep-fraction: choose among "
      "denoising steps, which the ddpo algorithms train on and rwr does not"),

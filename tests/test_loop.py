@@ -244,6 +244,7 @@ def assert_same_run_but_rows(a, b):
     ("--algorithm", "ddpo_is", "--normalise", "prompt", "--inner-epochs", "2"),
     ("--algorithm", "ddpo_is", "--normalise", "epoch", "--kl-weight", "0.1"),
     ("--algorithm", "ddpo_is", "--normalise", "group", "--group-size", "2", "--timestep-fraction", "0.5"),
+    ("--preset", "laptop_fast", "--noise-steps", "2", "--group-size", "4"),
     ("--algorithm", "ddpo_sf", "--normalise", "prompt", "--updates", "1"),
     ("--algorithm", "ddpo_sf", "--normalise", "group", "--group-size", "4", "--updates", "1"),
     ("--algorithm", "rwr", "--normalise", "epoch"), ("--algorithm", "rwr", "--normalise", "prompt", "--prompts", "dpok",

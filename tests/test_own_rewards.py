@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -343,14 +344,24 @@ def test_a_function_with_the_name_of_another_reward_is_trained_on_and_that_one_w
     assert run.history[0]["reward_mean"] > 0 > run.history[0]["score_jpeg"]
 
 
-def test_an_edited_file_is_run_anew_and_an_unchanged_one_is_not(tmp_path):
-    file = tmp_path / "edited.py"
-    for said, scale in ((0, 1), (1_000_000_000, 2)):        # the second is written a second later
+def test_an_edited_file_is_run_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
+    """Also within a second, where Python's own cache of the file would not see it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, written = tmp_path / "edited.py", time.time_ns()
+    for scale in (1, 2):
         file.write_text(f"def red(images, prompts):\n    return {scale} * images.mean((1, 2, 3))\n")
-        os.utime(file, ns=(said, said))
+        os.utime(file, ns=(written, written))
         reward = find_own(f"{file}:red")
         assert reward(IMAGES, PROMPTS).tolist() == (scale * IMAGES.mean((1, 2, 3))).tolist()
         assert find_own(f"{file}:red") is reward and sys.modules["edited"].red is reward
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_a_file_that_is_called_like_a_module_leaves_that_module(tmp_path):
+    for name in ("time", "json"):       # one is built in
+        (tmp_path / f"{name}.py").write_text(TAME)
+        assert find_own(f"{tmp_path}/{name}.py:red")(IMAGES, PROMPTS).shape == (3,)
+        assert not hasattr(sys.modules[name], "red")
 
 
 @pytest.mark.parametrize("gpu", [None, 3])

@@ -116,7 +116,12 @@ def test_no_link_is_dead():
     for page, text in TEXT.items():
         for link in re.findall(r"\]\(([^)]+)\)", text):
             if not link.startswith("https://"):
-                assert ((ROOT / page).parent / link.partition("#")[0]).is_file(), f"{page}: {link}"
+                file, _, anchor = link.partition("#")
+                file = (ROOT / page).parent / file
+                assert file.is_file(), f"{page}: {link}"
+                titles = re.findall(r"^#+ (.*)", file.read_text(), re.M) if anchor else []
+                assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                                                for title in titles}, f"{page}: {link}"
 
 
 def test_every_file_and_test_that_is_named_exists():
