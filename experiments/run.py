@@ -40,7 +40,7 @@ EXPERIMENTS = dict(
                                 for reward in ("jpeg", "incompressible", "aesthetic", "clip")
                                 for algorithm in ("ddpo_is", "ddpo_sf", "rwr", "rwr_sparse")}),
     # Noise in the first four steps alone, and a pull to the base model; beside the algorithms' ddpo_is
-    fast=Experiment(16, {reward: f"--preset laptop_fast --reward {reward}"
+    fast=Experiment(20, {reward: f"--preset laptop_fast --reward {reward}"
                          for reward in ("jpeg", "incompressible", "aesthetic", "clip")}),
     # One setting changed at a time
     settings=Experiment(150, {
@@ -71,7 +71,7 @@ EXPERIMENTS = dict(
                                                              "activities": "--eval-prompts activities",
                                                              "counting": "--eval-prompts counting"}.items()}),
     # A learned reward followed too far (fast), and what a KL penalty does; 1e-9 does nothing, but the KL is logged
-    overoptimisation=Experiment(35, {
+    overoptimisation=Experiment(40, {
         f"KL weight {weight}": f"--preset laptop_fast --reward aesthetic --epochs 8 --kl-weight {weight or 1e-9}"
         for weight in (0, 0.01, 0.03, 0.1)}, watch=RULE),
     # The comparison with DPOK: one prompt each, in this world's words
