@@ -166,6 +166,7 @@ def interleaving(rows):
     axes.errorbar(counts, mean, error, marker="o", color=COLORS[2], capsize=3, label="rwr, 2,048 pictures in all")
     axes.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="epochs of sampling and regression",
              ylabel="change of the reward, %")
+    axes.minorticks_off()
     legend(axes)
     save(figure, "interleaving")
     for run in runs:

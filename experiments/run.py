@@ -56,7 +56,7 @@ EXPERIMENTS = dict(
     guidance=Experiment(35, {"without": "", "in sampling only": "--guidance 5 --no-guidance-in-training",
                              "in both": "--guidance 5"}),
     # RWR: few large epochs or many small ones; 2,048 pictures and 128 optimizer steps in all
-    interleaving=Experiment(90, {
+    interleaving=Experiment(80, {
         f"{n} epochs": f"--algorithm rwr --epochs {n} --samples {2048 // n} --updates {32 // n} --inner-epochs 4"
         for n in (1, 2, 4, 8)}),
     # How often the same pictures are used: minibatches, and passes over them
