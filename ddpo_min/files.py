@@ -14,6 +14,8 @@ from pathlib import Path
 TEMPORARY = ".ddpo_min-"        # how the names of files begin that are still being written
 # Signals that ask to stop; Windows has no SIGHUP
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+OUT_OF_MEMORY = ("out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing), or another "
+                 "--device")
 
 
 class InputError(Exception):
@@ -226,8 +228,7 @@ def _status(main):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message = ("out of memory; try a smaller --batch (train.py: also --batch auto, --checkpointing), or another "
-                   "--device or --dtype")
+        message = f"{OUT_OF_MEMORY} or --dtype"
     except OSError as error:
         if error.filename is None:
             raise

@@ -11,7 +11,7 @@ from . import __version__, figures
 from .cli import ON_RESUME, command, how_to_resume, stop_bound
 from .device import peak_memory_mb
 from .figures import number
-from .files import InputError, NotFinite, uninterrupted
+from .files import OUT_OF_MEMORY, InputError, NotFinite, is_out_of_memory, uninterrupted
 from .folder import Folder, sha256
 from .metrics import spread
 from .processes import count, gather, rank
@@ -79,7 +79,8 @@ class Run:
         """Around the loop: yields the epochs that are left, from 0; then evaluates and draws the figures.
 
         An InputError (a reward that fails, numbers that are not finite, a full disk) ends the run at the last epoch
-        that is finished; so does a stop, which leaves out the evaluation. Both are raised again and say how to go on.
+        that is finished, and so does memory that runs out; a stop, too, which leaves out the evaluation. All are raised
+        again, memory as an InputError, and say how to go on.
         """
         self.learner, self.evaluation, self.reward_files = learner, evaluation, evaluation.scorer.files
         del Run.waiting[get_ident()]
@@ -98,6 +99,10 @@ class Run:
                 raise
             except InputError as error:
                 raise self.saved_before(error) from error
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self.saved_before(InputError(OUT_OF_MEMORY)) from error
 
     def saved_before(self, error):
         """Back to the last checkpoint, published; returns the error that also says what is saved and how to go on."""
