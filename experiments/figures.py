@@ -239,8 +239,8 @@ def dpok(rows):
 
 
 def slope(x, y):
-    """Of log y against log x."""
-    return np.polyfit(np.log(x), np.log(y), 1)[0]
+    """Of log y against log x; nan if some y is not positive, as the estimate of a signal that is lost in the noise."""
+    return np.polyfit(np.log(x), np.log(y), 1)[0] if np.min(y) > 0 else np.nan
 
 
 def gradient_noise(rows):

@@ -200,6 +200,7 @@ def test_figures_and_tables_come_from_the_numbers(elsewhere, monkeypatch):
                                         "| awm, 2 timesteps | 128.000 ± 36.950 |",
                                         "| awm, 2 timesteps: direction | 0.250 ± 0.000 |",
                                         "| after 4 steps: IS | 0.600 ± 0.058 | 0.0002 | 0.12 |"]
+    assert np.isnan(figures.slope([4, 8, 16], [0.2, 0.1, -0.01]))
     # of seed 1 0.88 of 0.9 are recognised at epoch 1, of the others 0.8: 95% of 0.9 is 0.855
     assert tables["windows"][4] == "| noise in 4, moving | +0.8 ± 0.8% | 6 | +5.0 ± 0.0% | 77.8% | 36 |"
     assert len(tables["windows"]) == 6
