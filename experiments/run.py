@@ -44,8 +44,9 @@ EXPERIMENTS = dict(
                          for reward in ("jpeg", "incompressible", "aesthetic", "clip")}),
     # One setting changed at a time
     settings=Experiment(150, {
-        "default": "", "eta 0.3": "--eta 0.3", "eta 0.6": "--eta 0.6", "4 steps": "--steps 4",
-        "16 steps": "--steps 16", "clip range 0.001": "--clip-range 0.001", "clip range 0.1": "--clip-range 0.1",
+        "default": "", "eta 0.3": "--eta 0.3", "eta 0.3, a third of the learning rate": "--eta 0.3 --lr 1e-3",
+        "eta 0.6": "--eta 0.6", "4 steps": "--steps 4", "16 steps": "--steps 16",
+        "clip range 0.001": "--clip-range 0.001", "clip range 0.1": "--clip-range 0.1",
         "compared with the epoch": "--normalise epoch",
         "compared with the group": "--normalise group --group-size 8",
         "a quarter of the steps trained": "--timestep-fraction 0.25", "all steps trained": "--timestep-fraction 1",
