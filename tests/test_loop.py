@@ -198,7 +198,7 @@ def three_epochs(tiny_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError, torch.cuda.OutOfMemoryError])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase_of_the_second_epoch_leaves_the_first(phase, error, three_epochs, tiny_file, tmp_path,
                                                                   monkeypatch, capsys):
@@ -210,13 +210,14 @@ def test_a_stop_in_any_phase_of_the_second_epoch_leaves_the_first(phase, error, 
     def stops(*given, **more):
         count.append(1)
         if len(count) == in_first_epoch + 1:
-            raise error("stop")
+            raise error("stop" if error is not torch.cuda.OutOfMemoryError else "CUDA out of memory.")
         return call(*given, **more)
 
     monkeypatch.setattr(owner, name, stops)
     out = tmp_path / "run"
-    if error is InputError:
-        with pytest.raises(InputError, match="stop; 1 finished epochs are saved, go on with --resume"):
+    if error is not KeyboardInterrupt:
+        said = "stop" if error is InputError else "^out of memory; .*--batch.*"
+        with pytest.raises(InputError, match=f"{said}; 1 finished epochs are saved, go on with --resume"):
             train.train(settings(tiny_file, out, epochs=3))
     else:
         with pytest.raises(KeyboardInterrupt, match=f"stopped after epoch 1; go on with --resume {out} --epochs 3, "):
@@ -228,7 +229,7 @@ def test_a_stop_in_any_phase_of_the_second_epoch_leaves_the_first(phase, error, 
     saved = load_file(out / "lora.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in state["learner"]["parameters"].items())
     train.main(["--resume", str(out), "--epochs", "3"])
-    if phase == "sampling" or error is InputError:
+    if phase == "sampling" or error is not KeyboardInterrupt:
         assert_same_run_but_rows(three_epochs, out)
     assert metrics(out) == metrics(three_epochs)
 

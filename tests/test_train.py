@@ -300,22 +300,19 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_at_the_last_good_epoch(ti
     assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["learner"]["parameters"].values())
 
 
-@pytest.mark.parametrize("text, ends", [
-    ("CUDA out of memory.", "^out of memory; .*--batch.*; 1 finished epochs are saved, go on with --resume "),
-    ("a mistake of the code", "^a mistake of the code$")])
-def test_memory_that_runs_out_ends_the_run_at_the_last_epoch(text, ends, tiny_file, tmp_path, monkeypatch):
+def test_a_mistake_of_the_code_is_raised_as_it_is(tiny_file, tmp_path, monkeypatch):
+    """It is no bad input; the epochs before it are saved all the same."""
     step, count = optimizer.Optimizer.step, []
 
     def breaks(own):
         count.append(own)
         if len(count) == 4:         # the last step of the second epoch
-            raise RuntimeError(text)
+            raise RuntimeError("a mistake of the code")
         return step(own)
 
     monkeypatch.setattr(optimizer.Optimizer, "step", breaks)
-    with pytest.raises((InputError, RuntimeError), match=ends) as error:
+    with pytest.raises(RuntimeError, match="^a mistake of the code$"):
         train.main(arguments(tiny_file, tmp_path / "out", epochs=3))
-    assert error.type is (InputError if "saved" in ends else RuntimeError)
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
     own, saved = state["learner"]["parameters"], load_file(tmp_path / "out" / "lora.safetensors")
     assert state["epoch"] == 1 and all(torch.equal(saved[name], p) for name, p in own.items())
