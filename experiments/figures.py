@@ -338,6 +338,18 @@ def scaling(rows):
                    f"{row['memory_mb']:.0f}")
 
 
+def entry_of(run):
+    """REWARD: ENTRY, without the reward."""
+    return run.partition(": ")[2]
+
+
+def on_the_clock(rows):
+    """The leaderboard's rows with the seconds until then, epochs times the clock's median; none without a clock."""
+    clock = read_rows("leaderboard_clock")
+    seconds = {run: np.median([row["seconds"] for row in clock if row["run"] == run]) for run in runs_of(clock)}
+    return [row | dict(seconds=row["epoch"] * seconds[row["run"]]) for row in rows if row["run"] in seconds]
+
+
 def progress(rows, run):
     """What each seed has reached: a list of (minutes, change of the reward, share kept), arrays (epochs + 1,).
 
@@ -345,8 +357,9 @@ def progress(rows, run):
     """
     found = []
     for seed in sorted({row["seed"] for row in rows if row["run"] == run}):
-        seconds, reward, share = np.array([[row[name] for name in ("seconds", "held_out", "held_out_recognised")]
-                                           for row in rows if (row["run"], row["seed"]) == (run, seed)]).T
+        seconds, reward, share = (np.array([row.get(name, np.nan) for row in rows
+                                            if (row["run"], row["seed"]) == (run, seed)])
+                                  for name in ("seconds", "held_out", "held_out_recognised"))
         found.append((seconds / 60, percent(reward[0], reward).round(3),
                       (100 * share / share[0]).round(3)))
     return found
@@ -375,14 +388,14 @@ def standings(rows):
                 some = f", {np.nanmean(kept):.1f}% kept" if np.isfinite(minutes).any() else ""
                 cells.append(f"{median} ({', '.join(each)}){some}")
             change, kept = np.mean([(own[1][-1], own[2][-1]) for own in seeds], axis=0)
-            entry = run.partition(": ")[2]
+            entry = entry_of(run)
             lines.append((*medians, line(f"`{reward}`", f"`{entry}`" if entry.startswith("-") else entry, *cells,
                                          f"{change:+.1f}%, {kept:.1f}% kept")))
         yield from (own[-1] for own in sorted(lines))
 
 
 def leaderboard(rows):
-    entries = list(dict.fromkeys(run.partition(": ")[2] for run in runs_of(rows)))
+    entries = list(dict.fromkeys(map(entry_of, runs_of(rows))))
     rewards = [reward for reward in GOALS if any(run.startswith(f"{reward}: ") for run in runs_of(rows))]
     figure, panels = plt.subplots(1, len(rewards), figsize=(6 * len(rewards), 5), squeeze=False)
     for axes, reward in zip(panels[0], rewards):
@@ -398,7 +411,7 @@ def leaderboard(rows):
         axes.set(title=reward, xlabel="change of the reward, %", ylabel="animals kept, %")
         legend(axes)
     save(figure, "leaderboard")
-    yield from standings(rows)
+    yield from standings(on_the_clock(rows))
 
 
 FIGURES = (algorithms, fast, settings, guidance, interleaving, reuse, generalisation, overoptimisation, dpok,

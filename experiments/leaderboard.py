@@ -3,19 +3,24 @@
     python experiments/leaderboard.py                                   what there is, and what is missing
     python experiments/leaderboard.py jpeg                              the missing runs of all standing entries
     python experiments/leaderboard.py jpeg "--algorithm awm --lr 2e-3"  an entry of one's own: arguments of train.py
+    python experiments/leaderboard.py jpeg clock                        an epoch's seconds of all entries, again
     python tests/beside_trl.py --leaderboard                            TRL's rows, in an environment of its own
 
 A run is an entry and a seed. When it has ended, the LoRA of each epoch draws the same held-out pictures, and what they
 score is added to experiments/leaderboard.csv, a row an epoch. Stop and start at will: a run that was interrupted is
-resumed from runs/leaderboard/. One training at a time.
+resumed from runs/leaderboard/. One training at a time. What an epoch takes is measured for itself, in three epochs of
+each entry, and kept in experiments/leaderboard_clock.csv: so the runs may have been on any machine, beside any work.
 """
 import argparse
 import os
 import re
 import shlex
 import sys
+import tempfile
+from pathlib import Path
 
-from figures import GOALS, KEPT, standings
+import numpy as np
+from figures import GOALS, KEPT, entry_of, on_the_clock, standings
 from judges import recognised
 from results import ROOT, read_rows, runs_of, write_rows
 from run import SEEDS, rows_of, train_in
@@ -47,6 +52,7 @@ ENTRIES = {"ddpo_is": "--epochs 12", "ddpo_is, all steps": "--timestep-fraction 
                ddpo_sf=12, rwr=8, rwr_sparse=8, awm=10, nft=10, ram=10).items()},
            **{f"{own['algorithm']}, its authors' limits": f"{as_flags(own)} --epochs 6"
               for own in (SD_AWM, SD_NFT, SD_RAM)}}
+TIMED = 3               # epochs of a clock; the median counts
 PLAIN = Settings()      # every entry is measured on what the preset laptop draws, however it draws in training
 FIXED = {"weights", "init_lora", "resume", "auto_resume", "out", "seed", "reward", "keep_every", "device", "compile",
          *sections()["Evaluation"], *sections()["Reward models"]}
@@ -75,30 +81,63 @@ def missing(reward, entry, epochs=None):
     return [seed for seed in SEEDS if kept.count(seed) <= epochs]
 
 
+def command_of(reward, entry, seed):
+    """The arguments of train.py."""
+    return [*shlex.split(ENTRIES.get(entry, entry)), "--reward", reward, "--seed", str(seed), "--keep-every", "1",
+            "--device", "cpu"]
+
+
 def carry_out(reward, entry, seed):
     """Train, or go on with a training that was interrupted, then measure each epoch and keep the numbers."""
     name = re.sub(r"[^\w.-]+", "_", entry)
     folder = ROOT / "runs" / "leaderboard" / reward / f"{name}-{seed}"
-    command = [*shlex.split(ENTRIES.get(entry, entry)), "--reward", reward, "--seed", str(seed), "--keep-every", "1",
-               "--device", "cpu"]
-    train_in(folder, command, f"{reward}: {entry}, seed {seed}", settings_of(reward, entry).epochs)
+    train_in(folder, command_of(reward, entry, seed), f"{reward}: {entry}, seed {seed}",
+             settings_of(reward, entry).epochs)
     rows = rows_of(folder)
     keep(reward, entry, seed, rows, [folder / f"lora_{row['epoch']:04d}.safetensors" for row in rows[1:]])
+
+
+def in_order(rows):
+    """The rows as the table has them: standing entries first, by seed and epoch."""
+    order = [f"{reward}: {entry}" for reward in GOALS for entry in ENTRIES]
+    order += [other for other in runs_of(rows) if other not in order]
+    return sorted(rows, key=lambda row: (order.index(row["run"]), row.get("seed", 0), row["epoch"]))
 
 
 def keep(reward, entry, seed, logged, loras):
     """Measure a run and add its rows to the table.
 
-    logged: of each epoch, from 0 on, its number, the pictures scored and the seconds until then (epoch, queries,
-    seconds), and what else is known; loras: a file for each but the first.
+    logged: of each epoch, from 0 on, its number and the pictures scored until then (epoch, queries), and what else is
+    known, but for the seconds; loras: a file for each but the first.
     """
     run = f"{reward}: {entry}"
     measured = [dict(held_out=mean, held_out_recognised=share) for mean, share in measure(reward, [None, *loras])]
-    rows = [dict(run=run, seed=seed) | own | found for own, found in zip(logged, measured, strict=True)]
+    rows = [dict(run=run, seed=seed) | {name: value for name, value in own.items() if name != "seconds"} | found
+            for own, found in zip(logged, measured, strict=True)]
     rows = [row for row in read_rows("leaderboard") if (row["run"], row["seed"]) != (run, seed)] + rows
-    order = [f"{reward}: {entry}" for reward in GOALS for entry in ENTRIES]
-    order += [other for other in runs_of(rows) if other not in order]
-    write_rows("leaderboard", sorted(rows, key=lambda row: (order.index(row["run"]), row["seed"], row["epoch"])))
+    write_rows("leaderboard", in_order(rows))
+
+
+def clocked(reward, entry):
+    """Whether it is known what an epoch takes."""
+    return f"{reward}: {entry}" in runs_of(read_rows("leaderboard_clock"))
+
+
+def clock(reward, entry):
+    """Train a few epochs, with next to no evaluation, and keep what each of them takes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "run"
+        train_in(folder, [*command_of(reward, entry, 0), "--epochs", str(TIMED), "--eval-samples", "10"],
+                 f"{reward}: {entry}, its clock")
+        keep_clock(reward, entry, np.diff([row["seconds"] for row in rows_of(folder)]))
+
+
+def keep_clock(reward, entry, seconds):
+    """Put the seconds of some epochs into the table, in place of older ones."""
+    run = f"{reward}: {entry}"
+    rows = [row for row in read_rows("leaderboard_clock") if row["run"] != run]
+    rows += [dict(run=run, epoch=n, seconds=each) for n, each in enumerate(seconds, start=1)]
+    write_rows("leaderboard_clock", in_order(rows))
 
 
 def measure(reward, loras):
@@ -114,14 +153,21 @@ def measure(reward, loras):
         yield rewards.mean(), recognised(images, evaluation.prompts).mean()
 
 
+def measured_entries(reward):
+    """Those of train.py that have rows."""
+    return [entry_of(run) for run in runs_of(read_rows("leaderboard")) if run.startswith(f"{reward}: ")
+            and not entry_of(run).startswith("TRL ")]
+
+
 def overview(rewards):
     """The table of these rewards, and which standing entries are missing."""
     for reward in rewards:
         print(f"\n{reward}: minutes to {GOALS[reward][0]:+}% and to {GOALS[reward][1]:+}% of the reward, {KEPT}% kept")
         rows = [row for row in read_rows("leaderboard") if row["run"].startswith(f"{reward}: ")]
-        for text in standings(rows):
+        for text in standings(on_the_clock(rows)):
             print(text)
         left = [f"{entry} ({n} of {len(SEEDS)} runs)" for entry in ENTRIES if (n := len(missing(reward, entry)))]
+        left += [f"the clock of {entry}" for entry in map(entry_of, runs_of(rows)) if not clocked(reward, entry)]
         left += ["TRL (see --help)"] * (not any(run.startswith(f"{reward}: TRL ") for run in runs_of(rows)))
         print("missing:", ", ".join(left) or "nothing")
 
@@ -129,19 +175,22 @@ def overview(rewards):
 def main():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reward", nargs="?", help=", ".join(GOALS))
-    parser.add_argument("entry", nargs=argparse.REMAINDER, help=f"{'; '.join(ENTRIES)}; or arguments of train.py")
+    parser.add_argument("entry", nargs=argparse.REMAINDER, help=f"{'; '.join(ENTRIES)}; clock; or arguments of "
+                        "train.py")
     a = parser.parse_args()
     if a.reward and a.reward not in GOALS:
         raise InputError(f"{a.reward}: no reward of the leaderboard; expected {', '.join(GOALS)}")
     own = a.entry[0] if len(a.entry) == 1 else shlex.join(a.entry)
     own = next((name for name, arguments in ENTRIES.items() if arguments == own), own)
-    entries = [own] if a.entry else ENTRIES
-    todo = [(entry, seed) for entry in entries for seed in missing(a.reward, entry)] if a.reward else []
+    again = own == "clock"
+    entries = ([] if not a.reward else measured_entries(a.reward) if again else [own] if a.entry else list(ENTRIES))
+    todo = [(carry_out, (a.reward, entry, seed)) for entry in entries for seed in missing(a.reward, entry) if not again]
+    todo += [(clock, (a.reward, entry)) for entry in entries if again or not clocked(a.reward, entry)]
     os.environ["OMP_NUM_THREADS"] = "2"     # train.py's: the two cores of the rules
     stopped = []
-    for entry, seed in todo:
+    for work, of in todo:
         try:
-            carry_out(a.reward, entry, seed)
+            work(*of)
         except InputError as error:     # a run that diverges does not keep the others waiting
             stopped.append(error)
     overview([a.reward] if a.reward else GOALS)

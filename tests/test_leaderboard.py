@@ -3,6 +3,7 @@ import json
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,7 +88,11 @@ def test_the_figure_copes_with_what_is_there(elsewhere, monkeypatch):
     rows = fake("aesthetic: awm", 0, [5, 6, 7], [0.9, 0.9, 0.45]) + fake("aesthetic: awm", 2, [5, 7], [0.9, 0.72])
     rows += fake("jpeg: nft", 1, [-2, -1], [1, 1])
     results.write_rows("leaderboard", rows)
-    assert figures.tables()["leaderboard"] == list(figures.standings(rows)) and len(drawn[0][0].axes) == 2
+    results.write_rows("leaderboard_clock", [dict(run="aesthetic: awm", epoch=n, seconds=s)
+                                             for n, s in enumerate((48, 30, 300), start=1)])
+    # the runs' own seconds do not count; without a clock there is a curve, but no line
+    assert figures.tables()["leaderboard"] == ["| `aesthetic` | awm | never (0.8, never), 100.0% kept | "
+                                               "never (never, never) | +40.0%, 65.0% kept |"]
     (figure, name), = drawn
     jpeg, aesthetic = figure.axes
     assert name == "leaderboard" and (jpeg.get_title(), aesthetic.get_title()) == ("jpeg", "aesthetic")
@@ -178,16 +183,16 @@ def fake_training(folder, epochs):
 
 
 def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhere, monkeypatch, capsys):
-    calls, asked = [], pretend_to_measure(monkeypatch)
+    calls, clocks, asked = [], [], pretend_to_measure(monkeypatch)
 
     class Ended:
         returncode = 0
 
     def pretend(command, cwd):
         assert leaderboard.os.environ["OMP_NUM_THREADS"] == "2"
-        calls.append(command[2:])
-        Ended.returncode = int(len(calls) == 2)
-        if len(calls) != 2:
+        (clocks if "--eval-samples" in command else calls).append(command[2:])
+        Ended.returncode = int(len(calls) == 2 and not clocks)
+        if not Ended.returncode:
             fake_training(elsewhere / command[command.index("--out") + 1], cli.make_settings(
                 **vars(cli.make_parser().parse_args(command[2:command.index("--auto-resume")]))).epochs)
         return Ended
@@ -202,7 +207,8 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
 
     with pytest.raises(InputError, match="jpeg: ddpo_is, seed 1 has stopped; the same command goes on with it"):
         lead("jpeg", "ddpo_is")
-    assert len(calls) == 3 and len(asked) == 2 * 9      # seed 2 was not kept waiting
+    assert len(calls) == 3 and len(asked) == 2 * 9      # seed 2 and the clock were not kept waiting
+    assert len(clocks) == 1 and not Path(clocks[0][-1]).exists()
     capsys.readouterr()
     lead("jpeg", "ddpo_is")
     said = lead("jpeg", "--algorithm awm --lr 2e-3")
@@ -219,10 +225,20 @@ def test_what_is_done_is_not_done_again_and_what_was_interrupted_goes_on(elsewhe
     rows, kept = results.read_rows("leaderboard"), {"ddpo_is": 8, "awm": 5, "--algorithm awm --lr 2e-3": 5}
     assert [(row["run"], row["seed"], row["epoch"]) for row in rows] == [
         (f"jpeg: {entry}", seed, epoch) for entry in kept for seed in (0, 1, 2) for epoch in range(kept[entry] + 1)]
-    assert rows[1] == dict(run="jpeg: ddpo_is", seed=0, epoch=1, queries=200, seconds=40, reward=-2, held_out=-1.98,
+    assert rows[1] == dict(run="jpeg: ddpo_is", seed=0, epoch=1, queries=200, reward=-2, held_out=-1.98,
                            held_out_recognised=0.9)
     assert asked[0] is None and [file.name for file in asked[1:9]] == [f"lora_000{n}.safetensors" for n in range(1, 9)]
     assert str(asked[1].parent) == calls[0][-1]
+    # each entry's clock: three short epochs of 40 s, once; again if it is asked for
+    commands = [shlex.join(own[:-3]) for own in clocks]
+    assert commands == [f"{given}--reward jpeg --seed 0 --keep-every 1 --device cpu --epochs 3 --eval-samples 10"
+                        for given in ("", "--algorithm awm --lr 2e-3 ", "--algorithm awm ")]
+    assert results.read_rows("leaderboard_clock")[1] == dict(run="jpeg: ddpo_is", epoch=2, seconds=40)
+    results.write_rows("leaderboard", [*rows, dict(rows[0], run="jpeg: TRL 1", seed=0, epoch=0)])
+    said = lead("jpeg", "clock")
+    assert [shlex.join(own[:-3]) for own in clocks[3:]] == [commands[n] for n in (0, 2, 1)]
+    assert said[-1] == "missing: the clock of TRL 1"
+    assert len(results.read_rows("leaderboard_clock")) == 9
     # one epoch more than are kept: the runs go on where they ended
     monkeypatch.setitem(leaderboard.ENTRIES, "awm", "--algorithm awm --epochs 6")
     lead("jpeg")
@@ -253,6 +269,5 @@ def test_every_epoch_of_a_run_draws_the_pictures_of_its_last_evaluation(elsewher
     assert len(measured) == len(set(measured)) == 3
     assert (measured[0], measured[-1]) == pytest.approx((before, after), rel=1e-5)      # six digits
     assert other[0] == measured[0] and abs(guided - other[0]) > 1e-3
-    assert [row["seconds"] > 0 for row in rows] == [False, True, True]
     with np.load(folders[0] / "before.npz") as kept:
         assert np.array_equal(seen[0], kept["images"]) and not np.array_equal(seen[0], seen[2])
