@@ -74,6 +74,12 @@ def legend(axes):
     axes.grid(alpha=0.3)
 
 
+def ticks(axes, values):
+    """Whole numbers on a logarithmic x axis."""
+    axes.minorticks_off()
+    axes.set(xticks=values, xticklabels=[f"{value:.0f}" for value in values])
+
+
 def changed(rows, run):
     """Two cells: the change of the reward, and how many pictures are still recognised."""
     return f"{plus_minus(change(rows, run))}%", f"{still_recognised(rows, run).mean():.1f}%"
@@ -164,9 +170,8 @@ def interleaving(rows):
     figure, axes = plt.subplots(figsize=(6, 4))
     mean, error = np.transpose([mean_and_error(change(rows, run)) for run in runs])
     axes.errorbar(counts, mean, error, marker="o", color=COLORS[2], capsize=3, label="rwr, 2,048 pictures in all")
-    axes.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="epochs of sampling and regression",
-             ylabel="change of the reward, %")
-    axes.minorticks_off()
+    axes.set(xscale="log", xlabel="epochs of sampling and regression", ylabel="change of the reward, %")
+    ticks(axes, counts)
     legend(axes)
     save(figure, "interleaving")
     for run in runs:
@@ -252,19 +257,23 @@ def gradient_noise(rows):
         ratio = [np.mean([row["signal"] / row["measured_noise"] for row in own if row["batch"] == b]) for b in batches]
         panels[0].loglog(batches, ratio, "o-", color=color, label=f"T = {T:.0f}: slope {slope(batches, ratio):.2f}")
     panels[0].set(xlabel="samples in the batch", ylabel="signal-to-noise ratio of the gradient")
+    ticks(panels[0], batches)
     for color, run in zip(COLORS, ("even", "paper")):
         own = [row for row in rows if row["run"] == run and row["batch"] == 64]
         T = sorted({row["T"] for row in own})
         seeds = np.array([[row["signal_to_noise"] for row in own if row["T"] == t] for t in T])
+        fitted = slope(np.repeat(T, seeds.shape[1]), seeds.ravel())
+        fitted = f"{fitted:.2f}" if np.isfinite(fitted) else "-"
         panels[1].loglog(T, seeds, "o", color=color, markersize=3, alpha=0.5)
-        panels[1].loglog(T, seeds.mean(1), color=color, label=f"--step-weights {run}: slope "
-                         f"{slope(T, seeds.mean(1)):.2f}")
-        yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)),
-                   f"{slope(T, seeds.mean(1)):.2f}")
+        panels[1].loglog(T, seeds.mean(1), color=color, label=f"--step-weights {run}: slope {fitted}")
+        yield line(f"`--step-weights {run}`", *(f"{value:.3f}" for value in seeds.mean(1)), fitted)
     panels[1].set(xlabel="denoising steps T", ylabel="the same, at 64 samples")
-    for run in runs_of([row for row in rows if row["run"].startswith("awm") and row["batch"] == 64]):
-        own = np.array([row["signal_to_noise"] for row in rows if row["run"] == run and row["batch"] == 64])
-        yield line(run, plus_minus(own, 3, sign=False))
+    awm = [row for row in rows if row["run"].startswith("awm") and row["batch"] == 64]
+    for marker, run in zip("*^", runs_of(awm)):
+        own = np.array([(row["T"], row["signal_to_noise"]) for row in awm if row["run"] == run])
+        panels[1].loglog(*own.T, marker, color=COLORS[2], markersize=6, alpha=0.7, label=run)
+        yield line(run, plus_minus(own[:, 1], 3, sign=False))
+    ticks(panels[1], T)     # last: loglog() sets its own
     for run in runs_of([row for row in rows if np.isnan(row["batch"])]):       # directions are of all samples
         cosine, *moved = (column(rows, run, name)[:, 0] for name in ("cosine", "approx_kl", "clip_fraction"))
         yield line(run, plus_minus(cosine, 3, sign=False), *(f"{x.mean():.2g}" for x in moved if not np.isnan(x[0])))
