@@ -393,7 +393,7 @@ def standings(rows):
             for goal in goals:
                 minutes, kept = np.array([reached(*seed, goal) for seed in seeds]).T
                 medians.append(np.median(minutes))
-                median, *each = (f"{x:.1f}" if np.isfinite(x) else "never" for x in (medians[-1], *minutes))
+                median, *each = (f"{x:.2f}" if np.isfinite(x) else "never" for x in (medians[-1], *minutes))
                 some = f", {np.nanmean(kept):.1f}% kept" if np.isfinite(minutes).any() else ""
                 cells.append(f"{median} ({', '.join(each)}){some}")
             change, kept = np.mean([(own[1][-1], own[2][-1]) for own in seeds], axis=0)

@@ -48,6 +48,8 @@ def as_flags(values):
 ENTRIES = {"ddpo_is": "--epochs 12", "ddpo_is, all steps": "--timestep-fraction 1 --epochs 12",
            "ddpo_is, laptop_fast": "--preset laptop_fast --epochs 6",
            "ddpo_is, laptop_fast without KL": "--preset laptop_fast --kl-weight 0 --epochs 4",
+           "ddpo_is, laptop_fast, 128 samples, without KL": "--preset laptop_fast --samples 128 --kl-weight 0 "
+                                                            "--epochs 4",
            **{name: f"--algorithm {name} --epochs {epochs}" for name, epochs in dict(
                ddpo_sf=12, rwr=8, rwr_sparse=8, awm=10, nft=10, ram=10).items()},
            **{f"{own['algorithm']}, its authors' limits": f"{as_flags(own)} --epochs 6"

@@ -73,11 +73,12 @@ def test_the_table_has_medians_seeds_and_never_and_the_fastest_first():
     rows += fake("jpeg: --lr 1", 2, [-2, -2, -2], [1, 1, 1])
     rows += fake("jpeg: lost", 0, fast, [1, 0.1, 0.1]) + fake("clip: slow", 0, [0.7, 0.71, 0.715], [1, 1, 0.9])
     assert list(figures.standings(rows)) == [
-        "| `jpeg` | `--lr 1` | 1.0 (1.0, 1.0, never), 97.5% kept | never (never, 2.0, never), 91.0% kept | "
+        "| `jpeg` | `--lr 1` | 1.00 (1.00, 1.00, never), 97.5% kept | never (never, 2.00, never), 91.0% kept | "
         "+23.3%, 80.3% kept |",
-        "| `jpeg` | slow | 2.2 (2.0, 2.2, 2.4), 96.0% kept | 3.3 (3.0, 3.3, 3.6), 94.0% kept | +30.0%, 94.0% kept |",
+        "| `jpeg` | slow | 2.20 (2.00, 2.20, 2.40), 96.0% kept | 3.30 (3.00, 3.30, 3.60), 94.0% kept | +30.0%, "
+        "94.0% kept |",
         "| `jpeg` | lost | never (never) | never (never) | +35.0%, 10.0% kept |",
-        "| `clip` | slow | 1.0 (1.0), 100.0% kept | 2.0 (2.0), 90.0% kept | +2.1%, 90.0% kept |"]
+        "| `clip` | slow | 1.00 (1.00), 100.0% kept | 2.00 (2.00), 90.0% kept | +2.1%, 90.0% kept |"]
 
 
 # The figure and the page
@@ -91,7 +92,7 @@ def test_the_figure_copes_with_what_is_there(elsewhere, monkeypatch):
     results.write_rows("leaderboard_clock", [dict(run="aesthetic: awm", epoch=n, seconds=s)
                                              for n, s in enumerate((48, 30, 300), start=1)])
     # the runs' own seconds do not count; without a clock there is a curve, but no line
-    assert figures.tables()["leaderboard"] == ["| `aesthetic` | awm | never (0.8, never), 100.0% kept | "
+    assert figures.tables()["leaderboard"] == ["| `aesthetic` | awm | never (0.80, never), 100.0% kept | "
                                                "never (never, never) | +40.0%, 65.0% kept |"]
     (figure, name), = drawn
     jpeg, aesthetic = figure.axes
