@@ -186,7 +186,8 @@ def main():
     own = next((name for name, arguments in ENTRIES.items() if arguments == own), own)
     again = own == "clock"
     entries = ([] if not a.reward else measured_entries(a.reward) if again else [own] if a.entry else list(ENTRIES))
-    todo = [(carry_out, (a.reward, entry, seed)) for entry in entries for seed in missing(a.reward, entry) if not again]
+    todo = [] if again else [(carry_out, (a.reward, entry, seed)) for entry in entries
+                             for seed in missing(a.reward, entry)]
     todo += [(clock, (a.reward, entry)) for entry in entries if again or not clocked(a.reward, entry)]
     os.environ["OMP_NUM_THREADS"] = "2"     # train.py's: the two cores of the rules
     stopped = []

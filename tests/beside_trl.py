@@ -280,10 +280,10 @@ def main():
             entry = ", ".join([f"TRL {version('trl')}", *[a.conversion] * (a.conversion != "laptop"),
                                *(f"{flag(name)} {value}" for name, value in own.items())])
             for reward in rewards:
-                own = replace(settings, reward=reward)
-                add_to_the_leaderboard(folder, own, entry, *BATCHES[a.conversion])
+                what = folder, replace(settings, reward=reward), entry, *BATCHES[a.conversion]
+                add_to_the_leaderboard(*what)
                 if a.clock or not leaderboard.clocked(reward, entry):
-                    clock(folder, own, entry, *BATCHES[a.conversion])
+                    clock(*what)
             return leaderboard.overview(rewards)
         with contextlib.redirect_stdout(io.StringIO()):
             both = [np.array([side(folder, replace(settings, seed=seed), *BATCHES[a.conversion])

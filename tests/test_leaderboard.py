@@ -254,7 +254,7 @@ def test_every_epoch_of_a_run_draws_the_pictures_of_its_last_evaluation(elsewher
     seen, folders, runs = [], [], []
     monkeypatch.setattr(leaderboard, "recognised", lambda images, prompts: np.array([seen.append(images) or 0.5]))
 
-    def train_in(folder, command, title, epochs):
+    def train_in(folder, command, title, epochs=0):
         train.main([*command, "--weights", str(tiny_file), "--preset", "laptop", "--eval-samples", "9", "--out",
                     str(folder)])
         folders.append(folder)
@@ -270,5 +270,7 @@ def test_every_epoch_of_a_run_draws_the_pictures_of_its_last_evaluation(elsewher
     assert len(measured) == len(set(measured)) == 3
     assert (measured[0], measured[-1]) == pytest.approx((before, after), rel=1e-5)      # six digits
     assert other[0] == measured[0] and abs(guided - other[0]) > 1e-3
+    leaderboard.clock("jpeg", common)
+    assert [row["seconds"] > 0 for row in results.read_rows("leaderboard_clock")] == [True, True, True]
     with np.load(folders[0] / "before.npz") as kept:
         assert np.array_equal(seen[0], kept["images"]) and not np.array_equal(seen[0], seen[2])
