@@ -21,7 +21,7 @@ from .folder import instead_of_resuming, sha256
 from .prompts import evaluation_prompts, find_prompts
 from .rewards import REWARDS, WITH_NETWORKS
 from .scorer import check_rewards
-from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, Settings
+from .settings import ALGORITHMS, CHOICES, FULL_LR, LAPTOP_REWARDS, PRESETS, SD_LORA, USED_BY, Settings
 from .text import cut_prompts
 from .weights import is_small, parse_size
 
@@ -230,7 +230,10 @@ def _filled(given):
     values = dict(PRESETS[preset])
     if laptop:
         values.update(LAPTOP_REWARDS.get(given.get("reward"), {}))
-    if "algorithm" in given and given["algorithm"] != values.get("algorithm", "ddpo_is"):
+    if "algorithm" in given and given["algorithm"] != (of_preset := values.get("algorithm", "ddpo_is")):
+        if of_preset != "ddpo_is":
+            raise InputError(f"--preset {preset}: for --algorithm {of_preset}, not for {given['algorithm']}; drop one "
+                             "of them")
         values.update(ALGORITHMS.get(given["algorithm"], {}))
     if given.get("trainable") == "full" and values.get("trainable") != "full":
         values.update(lr=FULL_LR["laptop" if laptop else "sd"], dtype="float32")
@@ -391,8 +394,11 @@ def _check_algorithm(s):
     if s.eta == 0 and (s.same_start or s.noise_steps):
         raise InputError("--eta 0: draws without noise; --same-start and --noise-steps need some, or the pictures of a "
                          "group are equal")
-    if not s.forward_process and (s.policy_ema or s.kl_old):
-        raise InputError("--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy")
+    base = _base(s)
+    for name, users in USED_BY.items():
+        if s.algorithm not in users and getattr(s, name) != getattr(base, name):
+            raise InputError(f"{flag(name)}: for --algorithm {' or '.join(users)}, {s.algorithm} does not use it; drop "
+                             "it")
     if s.ema and s.policy_ema:
         raise InputError("--ema, --policy-ema: one average or the other; the policy of --policy-ema is one already")
     if s.algorithm == "ram" and not s.kl_weight:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from .v_prediction import PREDICTIONS
 
+FORWARD_PROCESS = ("awm", "nft", "ram")     # algorithms that noise the finished pictures anew
+
 
 @dataclass
 class Settings:
@@ -44,9 +46,9 @@ class Settings:
     last_step: int = 0              # last denoising step to train on; 0: the last that has noise
     timestep_fraction: float = 0.5  # share of these denoising steps to train on, drawn anew for each minibatch [1]
     kl_weight: float = 0.0          # adds this times the KL divergence (awm, nft, ram: distance) to the base model [0]
-    kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 1]
+    kl_old: float = 0.0             # awm, nft, ram: adds this times the distance from the old policy [awm: 5]
     policy_ema: float = 0.0         # awm, nft, ram: decay of the policy, an average [rising to: nft 0.5, ram 0.9]
-    timesteps: int = 2              # awm, nft, ram: timesteps that a picture is noised to in each pass [awm: 6, ram: 8]
+    timesteps: int = 2              # awm, nft, ram: timesteps that a picture is noised to in each pass [6, 10, 8]
     grid_timesteps: bool = False    # awm, nft, ram: draw them from the sampler's timesteps alone [awm, nft: on]
     awm_power: float = 1.0          # awm: power of the denoising error; below 1 large errors pull less [awm: 0.25]
     nft_beta: float = 1.0           # nft: distance of its good and bad policy from the old one [nft: 1 or 0.1]
@@ -107,7 +109,7 @@ class Settings:
     @property
     def forward_process(self):
         """Whether it is denoising weighted by the advantage (awm, nft, ram)."""
-        return self.algorithm in ("awm", "nft", "ram")
+        return self.algorithm in FORWARD_PROCESS
 
     @property
     def noise_window(self):
@@ -148,9 +150,10 @@ SDXL_LORA = dict(steps=20, rank=64, lr=1e-5, clip_range=2.5e-5, batch=1, checkpo
 # 10,240 samples where the paper has 10,000, so that its 400 minibatches of 128 come out even
 PAPER_RWR = {**PAPER, "samples": 10_240, "updates": 80, "inner_epochs": 5, "epochs": 10}
 
-# What the authors' code has for Stable Diffusion 3.5: AWM's divides the advantages by 5, so its 0.003 and 1 are these
-SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, awm_power=0.25, clip_range=1.0, kl_weight=0.015,
-              kl_old=5.0)
+# What the authors' code has for Stable Diffusion 3.5. AWM's divides the advantages by 5, so its 0.003 and 1 are these;
+# with one optimizer step an epoch its ratio is 1 and nothing is clipped
+SD_AWM = dict(algorithm="awm", timesteps=6, grid_timesteps=True, updates=1, awm_power=0.25, clip_range=1.0,
+              kl_weight=0.015, kl_old=5.0)
 SD_NFT = dict(algorithm="nft", timesteps=10, grid_timesteps=True, updates=1, kl_weight=1e-4)
 SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
 # Noise and training in the first half of the steps, in groups that are equal before: MixGRPO's window, standing still.
@@ -196,6 +199,10 @@ ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1),
                   ram=dict(timestep_fraction=1.0, kl_weight=0.01),
                   **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0, kl_weight=0.0,
                                                               normalise="prompt")))
+# Who uses what not all algorithms do
+USED_BY = dict(clip_range=("ddpo_is", "awm"), inverse_temperature=("rwr",), percentile=("rwr_sparse",),
+               awm_power=("awm",), nft_beta=("nft",),
+               **dict.fromkeys(("timesteps", "grid_timesteps", "kl_old", "policy_ema"), FORWARD_PROCESS))
 FULL_LR = dict(laptop=3e-5, sd=1e-5)     # of --trainable full where the preset is for LoRA
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = dict(preset=tuple(PRESETS), algorithm=tuple(ALGORITHMS), trainable=("lora", "full"),

@@ -195,8 +195,8 @@ def test_a_window_of_steps_is_all_that_is_trained_on(tiny_file):
 @pytest.mark.parametrize("algorithm", ["ddpo_sf", "rwr", "rwr_sparse"])
 def test_every_algorithm_draws_its_pictures_and_its_curve(algorithm, tiny_file, tmp_path):
     """That every one resumes exactly is in test_loop.py."""
-    more = ["--algorithm", algorithm, "--percentile", "0.5", "--normalise", "epoch"]
-    more += ["--updates", "1"] if algorithm == "ddpo_sf" else []
+    more = ["--algorithm", algorithm, "--normalise", "epoch"]
+    more += dict(ddpo_sf=["--updates", "1"], rwr_sparse=["--percentile", "0.5"]).get(algorithm, [])
     train.main(arguments(tiny_file, tmp_path / "run", *more, epochs=2))
     assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run" / "lora.safetensors").exists()
     for name in ("samples.png", "before_after.png", "curve.png"):

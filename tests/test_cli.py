@@ -120,6 +120,7 @@ def test_without_flags_the_settings_are_the_defaults_to_the_last_one():
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings) if field.type is bool])
 def test_switches_go_on_and_off(name, tmp_path):
     flag, out = name.replace("_", "-"), ["--out", str(tmp_path / "run"), "--group-size", "2"]
+    out += ["--algorithm", "awm"] * (name == "grid_timesteps")
     assert getattr(read_settings([*out, f"--{flag}"]), name) is True
     assert getattr(read_settings([*out, f"--no-{flag}"]), name) is False
     assert getattr(read_settings([*out, f"--{flag}", f"--no-{flag}"]), name) is False
@@ -276,8 +277,17 @@ def test_command_lines_that_cannot_be_parsed_are_one_line(wrong, message, capsys
     ("--normalise group --group-size 4 --algorithm rwr", "--normalise group: needs --group-size 2 or more, and an "),
     ("--algorithm ddpo_sf --eta 0", "--eta 0.0: expected a number above 0 and up to 1, because ddpo_sf needs the"),
     ("--eta 1.5 --algorithm awm", "--eta 1.5: expected a number from 0 to 1"),
-    ("--policy-ema 0.5", "--policy-ema, --kl-old: need --algorithm awm, nft or ram, which look at the old policy"),
-    ("--kl-old 1 --algorithm rwr", "--policy-ema, --kl-old: need --algorithm awm, nft or ram"),
+    ("--policy-ema 0.5", "--policy-ema: for --algorithm awm or nft or ram, ddpo_is does not use it; drop it"),
+    ("--kl-old 1 --algorithm rwr", "--kl-old: for --algorithm awm or nft or ram, rwr does not use it; drop it"),
+    ("--timesteps 6", "--timesteps: for --algorithm awm or nft or ram, ddpo_is does not"),
+    ("--grid-timesteps --algorithm rwr_sparse", "--grid-timesteps: for --algorithm awm or nft or ram, rwr_sparse does"),
+    ("--nft-beta 0.1 --algorithm awm", "--nft-beta: for --algorithm nft, awm does not use it"),
+    ("--awm-power 0.25 --algorithm nft", "--awm-power: for --algorithm awm, nft does not use it"),
+    ("--clip-range 0.1 --algorithm ddpo_sf", "--clip-range: for --algorithm ddpo_is or awm, ddpo_sf does not use it"),
+    ("--inverse-temperature 1 --algorithm rwr_sparse", "--inverse-temperature: for --algorithm rwr, rwr_sparse does"),
+    ("--percentile 0.5 --algorithm rwr", "--percentile: for --algorithm rwr_sparse, rwr does not use it"),
+    ("--preset laptop_awm --algorithm ram", "--preset laptop_awm: for --algorithm awm, not for ram; drop one of them"),
+    ("--preset laptop_rwr --algorithm ddpo_is", "--preset laptop_rwr: for --algorithm rwr, not for ddpo_is"),
     ("--policy-ema 1 --algorithm nft", "--policy-ema 1.0: expected a number from 0 to below 1"),
     ("--timesteps 0 --algorithm awm", "--timesteps 0: expected 1 or more"),
     ("--awm-power 0 --algorithm awm", "--awm-power 0.0: expected a number above 0 and up to 1"),
