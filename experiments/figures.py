@@ -4,7 +4,7 @@ import sys
 import matplotlib
 import numpy as np
 from results import HERE, ROOT, column, mean_and_error, read_rows, runs_of
-from run import finished
+from run import SEEDS, finished
 
 sys.path.insert(0, str(ROOT))
 from ddpo_min.files import atomic, run_script
@@ -385,15 +385,18 @@ def reached(minutes, change, kept, goal):
 
 def standings(rows):
     """A line an entry of the leaderboard, the fastest first: for each goal the minutes, median and seeds, and what is
-    kept then; change and share kept at the end."""
+    kept then; change and share kept at the end. A seed without rows, which has stopped or is to come, is "-" and counts
+    as never."""
     for reward, goals in GOALS.items():
         lines = []
         for run in (run for run in runs_of(rows) if run.startswith(f"{reward}: ")):
             seeds, medians, cells = progress(rows, run), [], []
             for goal in goals:
                 minutes, kept = np.array([reached(*seed, goal) for seed in seeds]).T
-                medians.append(np.median(minutes))
+                absent = len(SEEDS) - len(seeds)
+                medians.append(np.median([*minutes, *[np.inf] * absent]))
                 median, *each = (f"{x:.2f}" if np.isfinite(x) else "never" for x in (medians[-1], *minutes))
+                each += ["-"] * absent
                 some = f", {np.nanmean(kept):.1f}% kept" if np.isfinite(minutes).any() else ""
                 cells.append(f"{median} ({', '.join(each)}){some}")
             change, kept = np.mean([(own[1][-1], own[2][-1]) for own in seeds], axis=0)

@@ -220,29 +220,33 @@ def same_samples(folder, s, sampling, training):
     return (apart.norm() / change.norm()).item(), error
 
 
+def epochs_of(trainer, epochs):
+    """As trainer.train() does: yields the number of each epoch after it."""
+    step = 0
+    for epoch in range(epochs):
+        step = trainer.step(epoch, step)
+        yield epoch
+
+
 def add_to_the_leaderboard(folder, settings, entry, *batches):
     """Train with TRL on one reward, measure the LoRA of each epoch, and keep the rows; what is kept is left alone."""
     for seed in leaderboard.missing(settings.reward, entry, settings.epochs):
         print(f"{settings.reward}: {entry}, seed {seed}", flush=True)
         trainer, _ = trainer_of(folder, replace(settings, seed=seed), *batches)
-        step, costs, loras = 0, [dict(epoch=0, queries=0)], []
-        for epoch in range(settings.epochs):        # as trainer.train() does
-            step = trainer.step(epoch, step)
-            costs.append(dict(epoch=epoch + 1, queries=(epoch + 1) * settings.samples))
+        loras = []
+        for epoch in epochs_of(trainer, settings.epochs):
             kept = folder / f"{settings.reward}-{seed}-{epoch}"
             trainer.sd_pipeline.save_checkpoint([trainer.sd_pipeline.unet], None, kept)
             loras.append(kept / "pytorch_lora_weights.safetensors")
-        leaderboard.keep(settings.reward, entry, seed, costs, loras)
+        logged = [dict(epoch=n, queries=n * settings.samples) for n in range(settings.epochs + 1)]
+        leaderboard.keep(settings.reward, entry, seed, logged, loras)
 
 
 def clock(folder, settings, entry, *batches):
     """Keep what each of TRL's first epochs takes: the clock runs around a whole step of its trainer."""
     print(f"{settings.reward}: {entry}, its clock", flush=True)
     trainer, _ = trainer_of(folder, settings, *batches)
-    step, times = 0, [time.perf_counter()]
-    for epoch in range(leaderboard.TIMED):
-        step = trainer.step(epoch, step)
-        times.append(time.perf_counter())
+    times = [time.perf_counter(), *(time.perf_counter() for _ in epochs_of(trainer, leaderboard.TIMED))]
     leaderboard.keep_clock(settings.reward, entry, np.diff(times))
 
 

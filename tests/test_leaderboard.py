@@ -72,13 +72,14 @@ def test_the_table_has_medians_seeds_and_never_and_the_fastest_first():
     rows += fake("jpeg: --lr 1", 0, fast, [1, 1, 0.5]) + fake("jpeg: --lr 1", 1, fast, [1, 0.95, 0.91])
     rows += fake("jpeg: --lr 1", 2, [-2, -2, -2], [1, 1, 1])
     rows += fake("jpeg: lost", 0, fast, [1, 0.1, 0.1]) + fake("clip: slow", 0, [0.7, 0.71, 0.715], [1, 1, 0.9])
+    rows += fake("clip: slow", 2, [0.7, 0.705, 0.71], [1, 1, 0.9])    # seed 1 has stopped: longer than any time
     assert list(figures.standings(rows)) == [
         "| `jpeg` | `--lr 1` | 1.00 (1.00, 1.00, never), 97.5% kept | never (never, 2.00, never), 91.0% kept | "
         "+23.3%, 80.3% kept |",
         "| `jpeg` | slow | 2.20 (2.00, 2.20, 2.40), 96.0% kept | 3.30 (3.00, 3.30, 3.60), 94.0% kept | +30.0%, "
         "94.0% kept |",
-        "| `jpeg` | lost | never (never) | never (never) | +35.0%, 10.0% kept |",
-        "| `clip` | slow | 1.00 (1.00), 100.0% kept | 2.00 (2.00), 90.0% kept | +2.1%, 90.0% kept |"]
+        "| `jpeg` | lost | never (never, -, -) | never (never, -, -) | +35.0%, 10.0% kept |",
+        "| `clip` | slow | 2.00 (1.00, 2.00, -), 95.0% kept | never (2.00, never, -), 90.0% kept | +1.8%, 90.0% kept |"]
 
 
 # The figure and the page
@@ -92,8 +93,8 @@ def test_the_figure_copes_with_what_is_there(elsewhere, monkeypatch):
     results.write_rows("leaderboard_clock", [dict(run="aesthetic: awm", epoch=n, seconds=s)
                                              for n, s in enumerate((48, 30, 300), start=1)])
     # the runs' own seconds do not count; without a clock there is a curve, but no line
-    assert figures.tables()["leaderboard"] == ["| `aesthetic` | awm | never (0.80, never), 100.0% kept | "
-                                               "never (never, never) | +40.0%, 65.0% kept |"]
+    assert figures.tables()["leaderboard"] == ["| `aesthetic` | awm | never (0.80, never, -), 100.0% kept | "
+                                               "never (never, never, -) | +40.0%, 65.0% kept |"]
     (figure, name), = drawn
     jpeg, aesthetic = figure.axes
     assert name == "leaderboard" and (jpeg.get_title(), aesthetic.get_title()) == ("jpeg", "aesthetic")
@@ -135,9 +136,9 @@ def test_every_standing_entry_is_accepted_with_its_preset(reward):
 
 @pytest.mark.parametrize("own", [
     "--weights sd.safetensors", "--init-lora a.safetensors", "--resume runs/jpeg", "--auto-resume", "--out x",
-    "--seed 3", "--reward clip", "--keep-every 2", "--device cuda", "--eval-samples 5", "--eval-prompts dpok",
-    "--eval-every 1", "--stop-when clip<0.7", "--watch clip", "--show-every 3", "--clip-model RN50",
-    "--aesthetic-head a.pt"])
+    "--seed 3", "--reward clip", "--prompts dpok", "--keep-every 2", "--device cuda", "--eval-samples 5",
+    "--eval-prompts dpok", "--eval-every 1", "--stop-when clip<0.7", "--watch clip", "--show-every 3",
+    "--clip-model RN50", "--aesthetic-head a.pt"])
 def test_what_would_break_the_rules_is_refused(own, elsewhere, monkeypatch, capsys):
     flag = own.split()[0]
     for given in ([own], ["--lr", "1e-3", *own.split()]):
