@@ -19,7 +19,6 @@ import run
 
 from ddpo_min import cli
 from ddpo_min.files import InputError
-from ddpo_min.settings import PRESETS
 
 pytestmark = pytest.mark.usefixtures("plain_curve")
 
@@ -123,15 +122,13 @@ def test_every_standing_entry_is_accepted_with_its_preset(reward):
     for entry in leaderboard.ENTRIES:
         settings = leaderboard.settings_of(reward, entry)
         algorithm, _, how = entry.partition(", ")
-        if "limits" in how:
-            theirs = PRESETS[f"sd_lora_{algorithm}"].items() - PRESETS["sd_lora"].items()
-            assert len(theirs) >= 3 and theirs <= vars(settings).items()
         assert (settings.algorithm, settings.reward, settings.weights) == (algorithm, reward, "")
         fast = how.startswith("laptop_fast")
-        assert settings.preset == ("laptop_fast" if fast else "laptop" if algorithm == "ddpo_is" else
+        assert settings.preset == ("laptop_fast" if fast else "laptop" if algorithm == "ddpo_is" or how else
                                    f"laptop_{algorithm}")
         assert not fast or (settings.noise_steps, settings.kl_weight) == (4, 0.0 if "without KL" in how else 0.1)
-    assert leaderboard.settings_of(reward, "ddpo_is, all steps").timestep_fraction == 1
+        samples = how.partition(" samples")[0].split(", ")[-1]
+        assert not samples.isdigit() or settings.samples == int(samples)
 
 
 @pytest.mark.parametrize("own", [
