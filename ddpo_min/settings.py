@@ -160,7 +160,7 @@ SD_RAM = dict(algorithm="ram", timesteps=8, kl_weight=0.01)
 # It goes so fast that one epoch too many would do harm, but for the pull to the base model
 LAPTOP_FAST = dict(epochs=3, noise_steps=4, timestep_fraction=1.0, group_size=8, same_start=True, normalise="group",
                    kl_weight=0.1)
-# One optimizer step for every 64 pictures, as in AWM's and NFT's code: with several each goes less far, see docs
+# One optimizer step an epoch, as in AWM's and NFT's code; with more of them --clip-range 0.01 holds awm back
 LAPTOP_FORWARD = dict(epochs=5, samples=64, updates=1, step_weights="paper", timestep_fraction=1.0)
 
 # Regression learns to draw what it drew, and what its pictures lack adds up: with guidance they lack the least
@@ -171,9 +171,9 @@ PRESETS = {
     "laptop": {},
     "laptop_fast": LAPTOP_FAST,
     "laptop_ddpo_sf": dict(algorithm="ddpo_sf", updates=1, timestep_fraction=1.0),
-    "laptop_awm": {**LAPTOP_FORWARD, "algorithm": "awm", "awm_power": 0.25},
+    "laptop_awm": {**LAPTOP_FORWARD, "algorithm": "awm", "awm_power": 0.25, "clip_range": 1.0},
     "laptop_nft": {**LAPTOP_FORWARD, "algorithm": "nft"},
-    "laptop_ram": {**LAPTOP_FORWARD, "algorithm": "ram", "kl_weight": 0.1},
+    "laptop_ram": {**LAPTOP_FORWARD, "algorithm": "ram", "kl_weight": 0.01},
     "laptop_rwr": {**LAPTOP_RWR, "algorithm": "rwr"},
     "laptop_rwr_sparse": {**LAPTOP_RWR, "algorithm": "rwr_sparse", "percentile": 0.7},
     "sd_lora": SD_LORA,
