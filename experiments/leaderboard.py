@@ -38,7 +38,8 @@ from ddpo_min.settings import Settings
 from ddpo_min.weights import SHIPPED, load_stable_diffusion
 
 # DDPO's presets end where the second goal is near; with more epochs it is time that decides. An epoch of the successors
-# is a quarter as long. Regression gains 9% in the 4 epochs of its preset: it is here for its place in the figure.
+# has a quarter of the pictures. Regression gains 11% in the 4 epochs of its preset: it is here for its place in the
+# figure.
 ENTRIES = {"ddpo_is": "--epochs 12",
            "ddpo_is, laptop_fast": "--preset laptop_fast --epochs 6",
            "ddpo_is, laptop_fast without KL": "--preset laptop_fast --kl-weight 0 --epochs 4",
