@@ -194,8 +194,8 @@ PRESETS = {
 }
 # The rewards' scales differ: what a unit of reward is worth to the laptop's weighted regression
 LAPTOP_REWARDS = dict(aesthetic=dict(inverse_temperature=2.0), clip=dict(inverse_temperature=60.0))
-# What an algorithm needs that is chosen on top of a preset of another one
-ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1, inner_epochs=1),
+# What an algorithm needs that is chosen on top of a preset for ddpo_is
+ALGORITHMS = dict(ddpo_is={}, ddpo_sf=dict(updates=1),
                   awm=dict(timestep_fraction=1.0, kl_weight=0.0), nft=dict(timestep_fraction=1.0, kl_weight=0.0),
                   ram=dict(timestep_fraction=1.0, kl_weight=0.01),
                   **dict.fromkeys(("rwr", "rwr_sparse"), dict(inner_epochs=4, timestep_fraction=1.0, kl_weight=0.0,

@@ -391,9 +391,9 @@ def standings(rows):
         lines = []
         for run in (run for run in runs_of(rows) if run.startswith(f"{reward}: ")):
             seeds, medians, cells = progress(rows, run), [], []
+            absent = len(SEEDS) - len(seeds)
             for goal in goals:
                 minutes, kept = np.array([reached(*seed, goal) for seed in seeds]).T
-                absent = len(SEEDS) - len(seeds)
                 medians.append(np.median([*minutes, *[np.inf] * absent]))
                 median, *each = (f"{x:.2f}" if np.isfinite(x) else "never" for x in (medians[-1], *minutes))
                 each += ["-"] * absent

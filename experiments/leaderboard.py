@@ -48,8 +48,8 @@ ENTRIES = {"ddpo_is": "--epochs 12",
                                                             "--epochs 4",
            **{name: f"--algorithm {name} --epochs {epochs}" for name, epochs in dict(
                ddpo_sf=8, rwr=4, rwr_sparse=4, awm=8, nft=8, ram=8).items()},
-           **{f"{name}, 256 samples": f"--preset laptop --algorithm {name} --epochs {epochs}" for name, epochs in dict(
-               awm=6, ram=5).items()}}
+           "awm, 256 samples": "--preset laptop --algorithm awm --epochs 6",
+           "ram, 256 samples": "--preset laptop --algorithm ram --epochs 5"}
 TIMED = 3               # epochs of a clock; the median counts
 PLAIN = Settings()      # every entry is measured on what the preset laptop draws, however it draws in training
 FIXED = {"weights", "init_lora", "prompts", "resume", "auto_resume", "out", "seed", "reward", "keep_every", "device",
