@@ -228,9 +228,9 @@ def epochs_of(trainer, epochs):
         yield epoch
 
 
-def add_to_the_leaderboard(folder, settings, entry, *batches):
+def add_to_the_leaderboard(seeds, folder, settings, entry, *batches):
     """Train with TRL on one reward, measure the LoRA of each epoch, and keep the rows; what is kept is left alone."""
-    for seed in leaderboard.missing(settings.reward, entry, settings.epochs):
+    for seed in (n for n in leaderboard.missing(settings.reward, entry, settings.epochs) if n in seeds):
         print(f"{settings.reward}: {entry}, seed {seed}", flush=True)
         trainer, _ = trainer_of(folder, replace(settings, seed=seed), *batches)
         loras = []
@@ -285,7 +285,7 @@ def main():
                                *(f"{flag(name)} {value}" for name, value in own.items())])
             for reward in rewards:
                 what = folder, replace(settings, reward=reward), entry, *BATCHES[a.conversion]
-                add_to_the_leaderboard(*what)
+                add_to_the_leaderboard(range(a.seeds), *what)
                 if a.clock or not leaderboard.clocked(reward, entry):
                     clock(*what)
             return leaderboard.overview(rewards)
