@@ -409,7 +409,7 @@ def standings(rows):
 def leaderboard(rows):
     entries = list(dict.fromkeys(map(entry_of, runs_of(rows))))
     rewards = [reward for reward in GOALS if any(run.startswith(f"{reward}: ") for run in runs_of(rows))]
-    figure, panels = plt.subplots(1, len(rewards), figsize=(6 * len(rewards), 5), squeeze=False)
+    figure, panels = plt.subplots(1, len(rewards), figsize=(6 * len(rewards), 6), squeeze=False)
     for axes, reward in zip(panels[0], rewards):
         for n, entry in enumerate(entries):
             if seeds := progress(rows, f"{reward}: {entry}"):
@@ -420,7 +420,7 @@ def leaderboard(rows):
         axes.axhline(KEPT, color="grey", linewidth=0.8)
         for goal in GOALS[reward]:
             axes.axvline(goal, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=reward, xlabel="change of the reward, %", ylabel="animals kept, %")
+        axes.set(title=reward, xlabel="change of the reward, %", ylabel="animals kept, %", ylim=(60, 101))
         legend(axes)
     save(figure, "leaderboard")
     yield from standings(on_the_clock(rows))

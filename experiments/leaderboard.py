@@ -46,6 +46,8 @@ ENTRIES = {"ddpo_is": "--epochs 12",
            "ddpo_is, laptop_fast, 128 samples": "--preset laptop_fast --samples 128 --epochs 6",
            "ddpo_is, laptop_fast, 128 samples, without KL": "--preset laptop_fast --samples 128 --kl-weight 0 "
                                                             "--epochs 4",
+           "ddpo_is, laptop_fast, 64 samples, lr 1e-2": "--preset laptop_fast --samples 64 --updates 2 --lr 1e-2 "
+                                                        "--epochs 6",
            "ddpo_is, laptop_fast, 64 samples, without KL, lr 1e-2": "--preset laptop_fast --samples 64 --updates 2 "
                                                                     "--kl-weight 0 --lr 1e-2 --epochs 4",
            **{name: f"--algorithm {name} --epochs {epochs}" for name, epochs in dict(
